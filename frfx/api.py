@@ -1,0 +1,111 @@
+"""invert() and layers(): the whole pipeline on one screen."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+from torch import Tensor, nn
+
+from frfx.compiler.emit import emit
+from frfx.compiler.inverse import Inverse
+from frfx.compiler.plan import make_plan
+from frfx.compiler.tail import Layers, Network
+from frfx.compiler.trace import check_batch, trace
+from frfx.compiler.view import check_model, evaluation_view, mode_dependent
+from frfx.errors import BackendError, ModeWarning
+from frfx.policy import Policy, resolve
+
+
+def invert(
+    model: nn.Module,
+    upto_layer: int | str,
+    *,
+    policy: Policy | str = "paper",
+    backend: str = "auto",
+    example_input: Tensor | None = None,
+) -> Inverse:
+    """Compile a trained network into the graph that runs it backwards down to a layer.
+
+    Args:
+        model: The network; one input tensor (N, ...), one output tensor. It is not changed. In
+            whatever mode it is, it is inverted as in evaluation mode.
+        upto_layer: Where to stop: the paper's `l_R` (its layers: one convolution or linear op with
+            its activation and pooling; `a_l` is what the next one reads, L the logits, 0 the
+            input), or the name of a node as torchvision's feature extraction spells it.
+            `frfx.layers(model)` lists both.
+        policy: ``"paper"``, ``"minimal"``, or a value of `frfx.policy`.
+        backend: What solves: ``"auto"`` or ``"torch"``, on the device of the model.
+        example_input: A batch. Not needed, except for models that only `torch.export` can trace;
+            if it is given, everything that depends on the image size is made ready at once.
+
+    Returns:
+        A module: `inverse(x, target)` is the feature `a*` that the layer should have produced.
+
+    Raises:
+        ModelError: If the model holds no values.
+        LayerError: If there is no such layer.
+        TraceError: If the model cannot be traced.
+        UnsupportedOpsError: If some ops on the way have no rule; names all of them.
+        BackendError: If the backend cannot be had.
+        PolicyError: If the policy names what does not exist.
+    """
+    check_model(model)
+    _check_backend(backend)
+    _warn_of_mode(model)
+    chosen = resolve(policy)
+    if example_input is not None:
+        check_batch(example_input)
+    traced = trace(evaluation_view(model), example_input)
+    network = Network(traced)
+    tail = network.tail(network.find(upto_layer))
+    plan = make_plan(network, tail, chosen)
+    recipe = functools.partial(
+        invert,
+        upto_layer=upto_layer,
+        policy=chosen,
+        backend=backend,
+        example_input=example_input if traced.front_end == "torch.export" else None,
+    )
+    inverse = Inverse(traced, plan, emit(traced, plan), recipe)
+    if example_input is not None:
+        inverse.prepare.ready(example_input)
+    return inverse
+
+
+def layers(model: nn.Module, example_input: Tensor | None = None) -> Layers:
+    """List the places that a reconstruction may reach, with the paper's layer numbers.
+
+    Args:
+        model: The network; it is not changed.
+        example_input: A batch, needed only for models that symbolic tracing cannot follow.
+
+    Returns:
+        One row a node in forward order; prints as a table. Rows that are some `a_l` carry `l`.
+
+    Raises:
+        ModelError: If the model holds no values.
+        TraceError: If the model cannot be traced.
+    """
+    check_model(model)
+    return Network(trace(evaluation_view(model), example_input)).layers()
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in ("auto", "torch"):
+        raise BackendError(
+            f"backend {backend!r} is not to be had: this version of frfx solves with torch, on the "
+            'CPU and on the GPU alike; use backend="auto" or "torch"'
+        )
+
+
+def _warn_of_mode(model: nn.Module) -> None:
+    names = mode_dependent(model)
+    if names:
+        shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+        warnings.warn(
+            f"the model is in training mode, where {shown} compute something else. It is inverted "
+            "as in evaluation mode, and stays as it is",
+            ModeWarning,
+            stacklevel=3,
+        )

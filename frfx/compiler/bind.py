@@ -1,0 +1,123 @@
+"""fx node -> Op: one vocabulary out of modules, functions, methods and ATen overloads."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from frfx import ops
+from frfx.compiler.trace import Traced
+from frfx.ops import Op
+
+_SHAPE_METHODS = frozenset(
+    {"size", "dim", "ndimension", "numel", "nelement", "stride", "get_device", "type"}
+)
+_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that hold activations: they depend on the input's values.
+
+    Sizes, and what is computed from sizes alone, are not among them.
+    """
+    live: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (
+            node.op != "output"
+            and not _is_shape_query(node)
+            and any(source in live for source in node.all_input_nodes)
+        ):
+            live.add(node)
+    return live
+
+
+def _is_shape_query(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _SHAPE_METHODS
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in _SHAPE_ATTRIBUTES
+    return node.target is len or "sym_size" in str(node.target)
+
+
+def spelling(node: fx.Node, root: nn.Module) -> Hashable:
+    """Return what the vocabulary knows the node's operation by."""
+    if node.op == "call_module":
+        return type(root.get_submodule(node.target))
+    return node.target
+
+
+def op_type(node: fx.Node, root: nn.Module) -> ops.OpType | None:
+    """Return the node's type, or None for a node that is no op or not in the vocabulary."""
+    if not node.op.startswith("call_"):
+        return None
+    entry = ops.lookup(spelling(node, root))
+    return None if entry is None else entry.type
+
+
+def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
+    """Describe a node to rules and plans, its arguments by their canonical names."""
+    key = spelling(node, traced.root)
+    entry = ops.lookup(key)
+    module = traced.root.get_submodule(node.target) if node.op == "call_module" else None
+    values = _arguments(node, entry, module)
+    inputs: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    computed: list[str] = []
+    tensor_of: dict[str, Callable[[], Tensor]] = {}
+    for name, value in values.items():
+        if isinstance(value, fx.Node) and value in live:
+            inputs[name] = value.name
+        elif isinstance(value, fx.Node) and value.op == "get_attr":
+            tensor_of[name] = functools.partial(_read, traced.root, value.target)
+        elif isinstance(value, Tensor):
+            tensor_of[name] = functools.partial(_read, module, name)
+        elif isinstance(value, fx.Node):
+            computed.append(name)
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, fx.Node) for v in value):
+            inputs |= {
+                f"{name}[{i}]": v.name
+                for i, v in enumerate(value)
+                if isinstance(v, fx.Node) and v in live
+            }
+            computed.append(name)
+        else:
+            constants[name] = value
+    return Op(
+        type=entry.type if entry else None,
+        name=node.name,
+        path=traced.paths[node],
+        spelling=key,
+        inputs=inputs,
+        arguments=constants,
+        computed=tuple(computed),
+        module=module,
+        tensor_of=tensor_of,
+    )
+
+
+def _arguments(
+    node: fx.Node, entry: ops.Spelling | None, module: nn.Module | None
+) -> dict[str, Any]:
+    if entry is None:
+        return {str(i): value for i, value in enumerate(node.args)} | dict(node.kwargs)
+    parameters = entry.signature.parameters
+    bound = entry.signature.bind_partial(*node.args, **node.kwargs)
+    if module is None:
+        bound.apply_defaults()
+    given = {name: value for name, value in bound.arguments.items() if not name.startswith("_")}
+    for name, parameter in parameters.items():
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if module is not None and name not in given and not variadic:
+            default = None if parameter.default is parameter.empty else parameter.default
+            given[name] = getattr(module, name, default)
+    return given
+
+
+def _read(owner: nn.Module, path: str) -> Tensor:
+    return operator.attrgetter(path)(owner)

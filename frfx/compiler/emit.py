@@ -1,0 +1,99 @@
+"""plan -> reconstruction graph: one fx graph that runs forward, then back; linted and readable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from frfx.compiler.plan import Plan, Step
+from frfx.compiler.trace import Traced
+from frfx.rules.base import Inversion
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One inversion in the emitted graph, by the names of its nodes.
+
+    Attributes:
+        step: What is inverted.
+        module: The path of the inversion's module.
+        target: The node whose value is `y*`.
+        output: The node whose value is `y^`.
+        result: The node whose value is `x*`.
+    """
+
+    step: Step
+    module: str
+    target: str
+    output: str
+    result: str
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A reconstruction graph and what its module paths stand for.
+
+    Attributes:
+        graph: Reads `x` and `target`, returns `a*`. Its call_module nodes name `model.<path>`
+            (the forward pass), `inverse.<node>` (the inversions), `prepare` and `finish`.
+        inversions: The children of `inverse`.
+        stages: The walk back, in order.
+        cut: The name of the forward node that is reconstructed.
+    """
+
+    graph: fx.Graph
+    inversions: nn.Module
+    stages: tuple[Stage, ...]
+    cut: str
+
+
+def emit(traced: Traced, plan: Plan) -> Emitted:
+    """Write the reconstruction graph of a plan."""
+    graph = fx.Graph()
+    inversions = nn.Module()
+    copies: dict[fx.Node, fx.Node] = {}
+    x = copies[traced.input] = graph.placeholder(traced.input.name)
+    target = graph.placeholder("target")
+    value = graph.call_module("prepare", (x, target))
+
+    for node in traced.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        copy = copies[node] = graph.node_copy(node, lambda source: copies[source])
+        if node.op in ("call_module", "get_attr"):
+            copy.target = f"model.{node.target}"
+
+    stages = []
+    for step in plan.steps:
+        inputs = tuple(copies[node] for node in step.inputs)
+        output = (
+            graph.call_function(torch.argmax, (*inputs, -1))
+            if step.node is None
+            else copies[step.node]
+        )
+        path = f"inverse.{_add(inversions, step.op.name, step.rule.build(step.op))}"
+        result = graph.create_node(
+            "call_module", path, (value, output, *inputs), name=f"{step.op.name}_inverse"
+        )
+        stages.append(Stage(step, path, value.name, output.name, result.name))
+        value = result
+    cut = copies[plan.tail.cut]
+    graph.output(graph.call_module("finish", (value, cut)))
+    _forget_unused(graph)
+    return Emitted(graph, inversions, tuple(stages), cut.name)
+
+
+def _add(inversions: nn.Module, name: str, inversion: Inversion) -> str:
+    while hasattr(inversions, name):  # a node may be called like an attribute of modules
+        name += "_"
+    inversions.add_module(name, inversion)
+    return name
+
+
+def _forget_unused(graph: fx.Graph) -> None:
+    """Erase forward nodes that nothing reads, such as a softmax in front of an argmax."""
+    for node in reversed(graph.nodes):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,135 @@
+"""One rule per op, by policy; every op that has none is named, then the plan fails once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from frfx import vocabulary
+from frfx.compiler.bind import bind, op_type
+from frfx.compiler.tail import Network, Tail
+from frfx.errors import UnsupportedOp, UnsupportedOpsError
+from frfx.ops import Op, Shape, describe
+from frfx.policy import Policy
+from frfx.rules.base import Rule
+
+
+@dataclass(frozen=True)
+class Step:
+    """The inversion of one op.
+
+    Attributes:
+        op: The op.
+        rule: The rule that inverts it.
+        node: The forward node, or None for the argmax that a network of logits ends in unsaid.
+        inputs: The forward nodes that are reconstructed.
+    """
+
+    op: Op
+    rule: Rule
+    node: fx.Node | None
+    inputs: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the reconstruction graph does, from the output back to the cut.
+
+    Attributes:
+        steps: The inversions in the order of the walk back.
+        tail: What they invert.
+        takes_scores: Whether a float target is meaningful: the network does not end in argmax.
+    """
+
+    steps: tuple[Step, ...]
+    tail: Tail
+    takes_scores: bool
+
+    def check_shapes(self, shapes: Mapping[fx.Node, Shape]) -> None:
+        """Ask every rule again, now that the shapes are known.
+
+        Raises:
+            UnsupportedOpsError: If some rules cannot invert their ops at these shapes.
+        """
+        problems = []
+        for step in self.steps:
+            if step.node is not None:
+                op = step.op.with_shapes(
+                    tuple(shapes[node] for node in step.inputs), shapes[step.node]
+                )
+                reason = step.rule.supports(op)
+                if reason is not None:
+                    problems.append(_problem(op, reason, step.rule))
+        if problems:
+            raise UnsupportedOpsError(problems)
+
+
+def make_plan(network: Network, tail: Tail, policy: Policy) -> Plan:
+    """Choose a rule for every op of a tail.
+
+    Raises:
+        UnsupportedOpsError: If some ops cannot be inverted; names all of them.
+        PolicyError: If the policy overrides a node that is not there.
+    """
+    traced, flow = network.traced, network.flow
+    beyond = [node for node in tail.nodes if node in network.heads]
+    ends_in_argmax = any(op_type(node, traced.root) is vocabulary.argmax for node in beyond)
+    problems = [
+        _problem(bind(branch.node, traced, network.live), branch.reason, None)
+        for branch in tail.branches
+    ]
+    branching = {branch.node for branch in tail.branches}
+    steps: list[Step] = []
+
+    def add(op: Op, node: fx.Node | None, inputs: tuple[fx.Node, ...]) -> None:
+        rule = policy.rule_for(op)
+        reason = "no rule is registered for it" if rule is None else rule.supports(op)
+        if reason is not None:
+            problems.append(_problem(op, reason, rule))
+        elif rule is not None:
+            steps.append(Step(op, rule, node, inputs))
+
+    for node in reversed(beyond):
+        op = bind(node, traced, network.live)
+        if op.type is vocabulary.argmax:
+            add(op, node, (tail.logits,))
+        elif not ends_in_argmax:
+            add(op, node, tuple(flow.predecessors(node)))
+    if not ends_in_argmax:
+        add(_unsaid_argmax(tail.logits), None, (tail.logits,))
+    for node in reversed(tail.nodes):
+        if node not in network.heads and node not in branching:
+            op = bind(node, traced, network.live)
+            add(op, node, tuple(flow.predecessors(node)))
+    if problems:
+        order = {traced.paths[node]: i for i, node in enumerate(traced.graph.nodes)}
+        raise UnsupportedOpsError(sorted(problems, key=lambda p: order.get(p.path, len(order))))
+    policy.check_nodes({s.op.path for s in steps} | {s.op.name for s in steps})
+    return Plan(tuple(steps), tail, takes_scores=not ends_in_argmax)
+
+
+def _unsaid_argmax(logits: fx.Node) -> Op:
+    return Op(
+        type=vocabulary.argmax,
+        name="argmax",
+        path="argmax",
+        spelling=torch.argmax,
+        inputs={"input": logits.name},
+        arguments={"dim": -1, "keepdim": False},
+    )
+
+
+def _problem(op: Op, reason: str, rule: Rule | None) -> UnsupportedOp:
+    spelling = describe(op.spelling)
+    kind = spelling if op.type is None else f"{op.type.name} ({spelling})"
+    if rule is None:
+        remedy = f"@frfx.register_rule({spelling}) on a subclass of frfx.rules.Rule"
+    else:
+        remedy = (
+            f"policy.override(node={op.path!r}, rule=MyRule()), or "
+            f"@frfx.register_rule({spelling}, overwrite=True) on a subclass of frfx.rules.Rule"
+        )
+    return UnsupportedOp(op.path, kind, op.show_shapes(), reason, remedy)

@@ -1,0 +1,294 @@
+"""What happens before and after the walk back: checks, and factors that fit weights and sizes."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from frfx.compiler.bind import live_nodes
+from frfx.compiler.plan import Plan
+from frfx.compiler.trace import Traced, check_batch
+from frfx.errors import (
+    ConditionWarning,
+    InputError,
+    NonFiniteError,
+    TargetError,
+    TraceMismatchError,
+)
+from frfx.linalg.pseudo_inverse import solve_dtype
+from frfx.ops import Shape
+from frfx.rules.base import FactoredInversion
+from frfx.rules.label import check_labels
+
+FACTOR_MEMORY = 1 << 30
+"""Default bound, in bytes, on the factors that an inverse keeps for other image sizes."""
+
+_Size = tuple[Shape, torch.dtype, torch.device]
+
+
+class Weights:
+    """A record of an op's weights that tells whether they have changed since.
+
+    Keeps the tensors' storage, so that no new weight can come to lie at the same address.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._seen = [(tensor.detach(), _version(tensor)) for tensor in tensors]
+
+    def match(self, tensors: list[Tensor]) -> bool:
+        """Return whether these are the recorded tensors, unchanged."""
+        return len(tensors) == len(self._seen) and all(
+            now.data_ptr() == then.data_ptr()
+            and now.device == then.device
+            and now.dtype == then.dtype
+            and now.shape == then.shape
+            and _version(now) == version is not None
+            for now, (then, version) in zip(tensors, self._seen, strict=True)
+        )
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return autograd's count of writes; None for inference tensors, which do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class Preparation(nn.Module):
+    """The first node of a reconstruction graph: checks the arguments and readies the factors.
+
+    Attributes:
+        factor_memory: Bound in bytes on what is kept for image sizes other than the current one;
+            the least recently used go first.
+    """
+
+    def __init__(
+        self, traced: Traced, plan: Plan, inversions: Mapping[str, FactoredInversion]
+    ) -> None:
+        super().__init__()
+        self.factor_memory = FACTOR_MEMORY
+        self.traced, self.plan = traced, plan
+        self.factored = dict(inversions)  # a plain dict: registered elsewhere in the graph
+        self.live = live_nodes(traced.graph)
+        self.shapes: OrderedDict[_Size, dict[fx.Node, Shape]] = OrderedDict()
+        self.used: OrderedDict[tuple[str, Shape], None] = OrderedDict()
+        self.weights: dict[str, Weights] = {}
+        self.verified = False
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        """Return the target, checked and in the precision that the inverse computes in."""
+        self.ready(x)
+        size = self._size(x)
+        return self._check_target(x, target, self.shapes[size])
+
+    @torch.no_grad()
+    def ready(self, x: Tensor) -> None:
+        """Make the factors that an input of this size needs and that are not there or stale.
+
+        Raises:
+            InputError: If the forward pass cannot take the input.
+            NonFiniteError: If the input or a forward value is not finite.
+            TraceMismatchError: If the graph does not compute what the model computes.
+            UnsupportedOpsError: If an op cannot be inverted at these shapes.
+        """
+        check_batch(x)
+        size = self._size(x)
+        changed = [
+            name
+            for name, inversion in self.factored.items()
+            if name not in self.weights or not self.weights[name].match(inversion.op.tensors())
+        ]
+        if size in self.shapes and not changed:
+            _check_finite(x, "the input batch")
+        else:
+            self.shapes[size] = self._probe(x)
+            for name in changed:
+                self._forget(name)
+                self.weights[name] = Weights(self.factored[name].op.tensors())
+        self.shapes.move_to_end(size)
+        self._factorize(self.shapes[size])
+
+    def clear(self) -> None:
+        """Forget every factor: the next call makes them anew."""
+        for name in self.factored:
+            self._forget(name)
+        self.shapes.clear()
+        self.weights.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that all factors hold, in bytes."""
+        return sum(f.nbytes for inv in self.factored.values() for f in inv.factors.values())
+
+    def _size(self, x: Tensor) -> _Size:
+        return tuple(x.shape[1:]), x.dtype, x.device
+
+    def _forget(self, name: str) -> None:
+        self.factored[name].factors.clear()
+        for key in [key for key in self.used if key[0] == name]:
+            del self.used[key]
+
+    def _factorize(self, shapes: dict[fx.Node, Shape]) -> None:
+        needed = set()
+        by_name = {node.name: shape for node, shape in shapes.items()}
+        for name, inversion in self.factored.items():
+            key = inversion.key(by_name[next(iter(inversion.op.inputs.values()))])
+            needed.add((name, key))
+            if key not in inversion.factors:
+                inversion.factors[key] = inversion.factorize(key)
+                self._warn(inversion, key)
+            self.used[name, key] = None
+            self.used.move_to_end((name, key))
+        for name, key in list(self.used):
+            if self.nbytes <= self.factor_memory:
+                break
+            if (name, key) not in needed:
+                del self.factored[name].factors[key]
+                del self.used[name, key]
+
+    def _warn(self, inversion: FactoredInversion, key: Shape) -> None:
+        spectrum = getattr(inversion.factors[key], "spectrum", None)
+        if spectrum is not None and spectrum.deficient:
+            op = inversion.op
+            warnings.warn(
+                f"{op.path} ({op.show_shapes()}) is rank-deficient to working precision: "
+                f"condition number {spectrum.condition:.3g}. Its small singular values are cut "
+                f"off; policy.override(node={op.path!r}, damping=...) weighs them down instead",
+                ConditionWarning,
+                stacklevel=2,
+            )
+
+    def _probe(self, x: Tensor) -> dict[fx.Node, Shape]:
+        """Run the forward graph once: shapes, finite values, and agreement with the model."""
+        _check_finite(x, "the input batch")
+        with torch.autocast(x.device.type, enabled=False):
+            probe = _Probe(self.traced, self.live)
+            output = probe.run(x)
+            if not self.verified:
+                self._verify(output, x)
+        self.plan.check_shapes(probe.shapes)
+        return probe.shapes
+
+    def _verify(self, output: Tensor, x: Tensor) -> None:
+        expected = self.traced.root(x)
+        same = isinstance(expected, Tensor) and expected.shape == output.shape
+        if same and expected.is_floating_point():
+            scale = expected.double().norm()
+            tolerance = torch.finfo(expected.dtype).eps ** 0.5 * max(1, len(self.live)) ** 0.5
+            same = bool((output.double() - expected.double()).norm() <= tolerance * scale)
+        elif same:
+            same = torch.equal(output, expected)
+        if not same:
+            raise TraceMismatchError(
+                f"the graph that {self.traced.front_end} traced does not compute what the model "
+                "computes: its forward probably depends on the input's values or type, or draws "
+                "random numbers in evaluation mode. Give example_input to invert, or rewrite that "
+                "part of the forward"
+            )
+        self.verified = True
+
+    def _check_target(
+        self, x: Tensor, target: Any, shapes: Mapping[fx.Node, Shape]
+    ) -> Tensor:
+        if not isinstance(target, Tensor):
+            raise TargetError(f"expected a tensor as the target, got {type(target).__name__}")
+        if target.device != x.device:
+            raise TargetError(f"the target is on {target.device}, the input on {x.device}")
+        logits = shapes[self.plan.tail.logits]
+        batch = x.shape[0]
+        if not target.is_floating_point():
+            if len(logits) != 1:
+                raise TargetError(
+                    f"labels need an output of shape (N, K), but this network's is "
+                    f"{(batch, *logits)}: give a float target of that shape"
+                )
+            check_labels(target, x.new_empty(()).expand(batch, *logits))
+            return target
+        if not self.plan.takes_scores:
+            raise TargetError("the network ends in argmax: give integer labels")
+        output = self.traced.output
+        assert output is not None
+        expected = (batch, *shapes[output])
+        if tuple(target.shape) != expected:
+            raise TargetError(
+                f"a float target has the shape of the output, {expected}, not "
+                f"{tuple(target.shape)}"
+            )
+        _check_finite(target, "the target")
+        return target.to(solve_dtype(x.dtype))
+
+
+class _Probe(fx.Interpreter):
+    """Runs the forward graph and records every activation's shape; stops at what is not finite."""
+
+    def __init__(self, traced: Traced, live: set[fx.Node]) -> None:
+        super().__init__(traced.root, graph=traced.graph)
+        self.traced, self.live = traced, live
+        self.shapes: dict[fx.Node, Shape] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # whatever torch says of an input that does not fit
+            shapes = [tuple(self.env[s].shape) for s in n.all_input_nodes if s in self.live]
+            raise InputError(
+                f"the forward pass fails at {self.traced.paths[n]!r} "
+                f"(input shapes {shapes}): {error}"
+            ) from error
+        if n in self.live and isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape[1:])
+            if n.op != "placeholder":
+                self._check(n, value)
+        return value
+
+    def _check(self, node: fx.Node, value: Tensor) -> None:
+        if _is_finite(value):
+            return
+        name = self.traced.paths[node]
+        if node.op == "call_module":
+            module = self.traced.root.get_submodule(node.target)
+            weights = dict([*module.named_parameters(), *module.named_buffers()])
+        else:
+            sources = (s for s in node.all_input_nodes if s.op == "get_attr")
+            weights = {source.name: self.env[source] for source in sources}
+        bad = [weight for weight, tensor in weights.items() if not _is_finite(tensor)]
+        if bad:
+            raise NonFiniteError(f"{name!r}: its {' and '.join(bad)} holds NaN or infinity")
+        raise NonFiniteError(
+            f"{name!r}: its output holds NaN or infinity, though its input and weights are finite"
+        )
+
+
+class Finish(nn.Module):
+    """The last node of a reconstruction graph: `a*` in the type of the forward feature."""
+
+    def forward(self, feature: Tensor, forward_feature: Tensor) -> Tensor:
+        """Return the reconstructed feature.
+
+        Raises:
+            NonFiniteError: If it holds NaN or infinity (not asked when compiled).
+        """
+        feature = feature.to(forward_feature.dtype)
+        if not torch.compiler.is_compiling():
+            _check_finite(feature, "the reconstructed feature")
+        return feature
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _check_finite(tensor: Tensor, what: str) -> None:
+    if not _is_finite(tensor):
+        samples = (~torch.isfinite(tensor.detach())).flatten(1).any(1).nonzero().flatten().tolist()
+        raise NonFiniteError(f"{what} holds NaN or infinity, in the samples {_list(samples)}")
+
+
+def _list(values: list[int]) -> str:
+    shown = ", ".join(map(str, values[:5]))
+    return f"{shown}, ... ({len(values)} in all)" if len(values) > 5 else shown

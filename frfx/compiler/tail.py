@@ -1,0 +1,264 @@
+"""What lies between the cut and the output: its ops, its branches, and the paper's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from frfx import vocabulary
+from frfx.compiler.bind import live_nodes, op_type
+from frfx.compiler.trace import Traced
+from frfx.errors import LayerError, nearest
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One node that a reconstruction may reach.
+
+    Attributes:
+        index: The paper's layer number `l` if this node is `a_l`, the value that the next
+            convolution or linear op reads; the logits are `a_L`. None for other nodes.
+        name: The node's name as torchvision's feature extraction spells it.
+        op: The name of its operation.
+        parameters: How many parameters the layer `index` has (convolution or linear op,
+            normalisation, activation), 0 for other nodes.
+    """
+
+    index: int | None
+    name: str
+    op: str
+    parameters: int
+
+
+class Layers(Sequence[LayerInfo]):
+    """The nodes of a network in forward order; prints as a table."""
+
+    def __init__(self, rows: Sequence[LayerInfo], note: str = "") -> None:
+        self._rows = tuple(rows)
+        self.note = note
+
+    def __getitem__(self, i):  # type: ignore[no-untyped-def]
+        return self._rows[i]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[LayerInfo]:
+        return iter(self._rows)
+
+    def __str__(self) -> str:
+        width = max([4, *(len(row.name) for row in self)])
+        kind = max([2, *(len(row.op) for row in self)])
+        lines = [f"{'l':>3}  {'name':<{width}}  {'op':<{kind}}  parameters"]
+        for row in self:
+            index = "" if row.index is None else row.index
+            parameters = row.parameters or ""
+            lines.append(f"{index:>3}  {row.name:<{width}}  {row.op:<{kind}}  {parameters:>10}")
+        return "\n".join([*lines, *([self.note] if self.note else [])])
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A place of the tail where the walk back would have more than one way."""
+
+    node: fx.Node
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The part of a traced network between a cut and the output.
+
+    Attributes:
+        cut: The node whose value is reconstructed.
+        logits: The last node before softmax, log-softmax or argmax.
+        nodes: The nodes after the cut up to the output that hold activations, in forward order.
+        branches: Bypasses, merges and fan-out among them.
+        chain: The nodes through which every path from the cut to the output leads (the dominators
+            of the output), in forward order, the cut first.
+    """
+
+    cut: fx.Node
+    logits: fx.Node
+    nodes: tuple[fx.Node, ...]
+    branches: tuple[Branch, ...]
+    chain: tuple[fx.Node, ...]
+
+
+class Network:
+    """The data flow of a traced model: activations as nodes, their use as edges."""
+
+    def __init__(self, traced: Traced) -> None:
+        if traced.output is None:
+            raise LayerError(
+                "the model returns more than one tensor; wrap it in a module that returns the one "
+                "to start from"
+            )
+        self.traced = traced
+        self.live = live_nodes(traced.graph)
+        self.flow: nx.DiGraph = nx.DiGraph()
+        self.flow.add_node(traced.input)
+        for node in traced.graph.nodes:
+            if node in self.live:
+                self.flow.add_node(node)
+                self.flow.add_edges_from((s, node) for s in node.all_input_nodes if s in self.live)
+        if traced.output not in self.live or not nx.has_path(
+            self.flow, traced.input, traced.output
+        ):
+            raise LayerError("the model's output does not depend on its input")
+
+    def dominators(self, start: fx.Node) -> list[fx.Node]:
+        """Return the nodes on every path from `start` to the output, in forward order."""
+        idom = nx.immediate_dominators(self.flow, start)
+        idom.pop(start, None)
+        chain = [self.traced.output]
+        while chain[-1] is not start:
+            chain.append(idom[chain[-1]])
+        return chain[::-1]
+
+    def parametric(self) -> list[fx.Node]:
+        """Return the convolution and linear nodes on the way to the output, in forward order."""
+        useful = nx.ancestors(self.flow, self.traced.output) | {self.traced.output}
+        return [n for n in self.traced.graph.nodes if n in useful and self._is_parametric(n)]
+
+    def _is_parametric(self, node: fx.Node) -> bool:
+        kind = op_type(node, self.traced.root)
+        return kind is not None and kind.parametric
+
+    def layer_nodes(self) -> list[fx.Node] | None:
+        """Return `[a_0, a_1, ..., a_L]`, or None if the network branches between its layers."""
+        chain = set(self.dominators(self.traced.input))
+        parametric = self.parametric()
+        if not parametric or not chain.issuperset(parametric):
+            return None
+        reads = [next(iter(self.flow.predecessors(node))) for node in parametric]
+        return [*reads, self.logits()]
+
+    def logits(self) -> fx.Node:
+        """Return the output, or what a trailing softmax, log-softmax or argmax reads."""
+        node = self.traced.output
+        while op_type(node, self.traced.root) in vocabulary.HEADS:
+            (node,) = self.flow.predecessors(node)
+        return node
+
+    def layers(self) -> Layers:
+        """Return every node that a reconstruction may reach, with the paper's numbers."""
+        numbered = self.layer_nodes()
+        index = {node: i for i, node in enumerate(numbered or ())}
+        sizes = dict(zip(numbered or (), self._parameter_counts(numbered or ()), strict=True))
+        useful = nx.ancestors(self.flow, self.traced.output) | {self.traced.output}
+        rows = []
+        for node in self.traced.graph.nodes:
+            if node not in useful:
+                continue
+            kind = op_type(node, self.traced.root)
+            op = node.op if kind is None else kind.name
+            name = self.traced.paths[node]
+            rows.append(LayerInfo(index.get(node), name, op, sizes.get(node, 0)))
+        note = "" if numbered else "The network branches between its layers: use names."
+        return Layers(rows, note)
+
+    def _parameter_counts(self, numbered: Sequence[fx.Node]) -> list[int]:
+        counts, before = [], 0
+        for node in numbered:
+            behind = nx.ancestors(self.flow, node) | {node}
+            total = sum(p.numel() for p in self.parameters(behind))
+            counts.append(total - before)
+            before = total
+        return counts
+
+    def parameters(self, nodes: set[fx.Node]) -> list:
+        """Return the parameters that a set of nodes reads, each once, in forward order."""
+        found: dict[int, object] = {}
+        root = self.traced.root
+        owned = dict(root.named_parameters(remove_duplicate=False))
+        for node in self.traced.graph.nodes:
+            if node not in nodes:
+                continue
+            if node.op == "call_module":
+                found |= {id(p): p for p in root.get_submodule(node.target).parameters()}
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and source.target in owned:
+                    found[id(owned[source.target])] = owned[source.target]
+        return list(found.values())
+
+    def find(self, layer: int | str) -> fx.Node:
+        """Return the node that the paper's layer number or torchvision's name stands for.
+
+        Raises:
+            LayerError: If there is none; names the nearest, or the range.
+        """
+        numbered = self.layer_nodes()
+        if isinstance(layer, int) and not isinstance(layer, bool):
+            if numbered is None:
+                names = ", ".join(repr(row.name) for row in self.layers() if row.op != "placeholder")
+                raise LayerError(
+                    f"layer {layer}: this network branches between its layers, so they have no "
+                    f"numbers. Use a name: {names}"
+                )
+            if not 0 <= layer < len(numbered):
+                raise LayerError(
+                    f"layer {layer}: this network has the layers 0 (its input) to "
+                    f"{len(numbered) - 1} (its logits); frfx.layers(model) lists them"
+                )
+            return numbered[layer]
+        if not isinstance(layer, str):
+            raise LayerError(f"a layer is an int or a name, not {layer!r}")
+        useful = nx.ancestors(self.flow, self.traced.output) | {self.traced.output}
+        named = {self.traced.paths[node]: node for node in self.traced.graph.nodes if node in useful}
+        if layer in named:
+            return named[layer]
+        inside = [node for name, node in named.items() if name.startswith(f"{layer}.")]
+        if inside:  # a container stands for its last node, as in torchvision
+            return inside[-1]
+        raise LayerError(
+            f"no layer {layer!r} on the way to the output.{nearest(layer, named)} "
+            "frfx.layers(model) lists them all"
+        )
+
+    def tail(self, cut: fx.Node) -> Tail:
+        """Return what lies between a node and the output."""
+        output = self.traced.output
+        after = nx.descendants(self.flow, cut)
+        if cut in self.heads:
+            raise LayerError(
+                f"layer {self.traced.paths[cut]!r} lies behind the logits "
+                f"{self.traced.paths[self.logits()]!r}: there is nothing to invert"
+            )
+        within = after & (nx.ancestors(self.flow, output) | {output})
+        nodes = tuple(node for node in self.traced.graph.nodes if node in within)
+        return Tail(
+            cut=cut,
+            logits=self.logits(),
+            nodes=nodes,
+            branches=tuple(self._branches(cut, within)),
+            chain=tuple(self.dominators(cut)),
+        )
+
+    @property
+    def heads(self) -> set[fx.Node]:
+        """The softmax, log-softmax and argmax nodes behind the logits."""
+        return nx.descendants(self.flow, self.logits())
+
+    def _branches(self, cut: fx.Node, within: set[fx.Node]) -> Iterator[Branch]:
+        path = self.traced.paths
+        for node in (cut, *(n for n in self.traced.graph.nodes if n in within)):
+            users = [user for user in self.flow.successors(node) if user in within]
+            if len(users) > 1:
+                names = ", ".join(path[user] for user in users)
+                yield Branch(node, f"its value is read by several ops ({names}): a branch")
+            if node is cut:
+                continue
+            sources = list(self.flow.predecessors(node))
+            outside = [path[s] for s in sources if s not in within and s is not cut]
+            if outside:
+                names = ", ".join(outside)
+                yield Branch(node, f"it also reads {names}, which bypasses the layer: a branch")
+            elif len(sources) > 1:
+                names = ", ".join(path[s] for s in sources)
+                yield Branch(node, f"it merges {names}: a branch")

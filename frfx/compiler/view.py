@@ -1,0 +1,130 @@
+"""A view of a model: the same parameters and buffers, but always in evaluation mode.
+
+Everything that frfx runs or traces is a view, so the user's modules are never switched, flagged,
+moved or written to. A view reads a parameter through the very dictionary in which the model keeps
+it: a weight that is changed, or replaced, is the new one here too.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frfx.errors import ModelError
+
+
+def evaluation_view(model: nn.Module, own: Collection[Tensor] = ()) -> nn.Module:
+    """Return modules of the same classes that share the model's tensors, in evaluation mode.
+
+    Args:
+        model: Any module; it is not changed.
+        own: Parameters and buffers that the view keeps as copies of what they are now.
+    """
+    copies = {id(tensor): tensor for tensor in own}
+    return _view(model, copies, {}, {})
+
+
+def _view(
+    module: nn.Module,
+    own: dict[int, Tensor],
+    modules: dict[int, nn.Module],
+    tensors: dict[int, Tensor],
+) -> nn.Module:
+    if id(module) in modules:
+        return modules[id(module)]
+    view = modules[id(module)] = object.__new__(type(module))
+    state = dict(module.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        if any(id(tensor) in own for tensor in state[kind].values()):
+            state[kind] = {
+                name: _copy(tensor, tensors) if id(tensor) in own else tensor
+                for name, tensor in state[kind].items()
+            }
+    state["_modules"] = {
+        name: None if child is None else _view(child, own, modules, tensors)
+        for name, child in module._modules.items()
+    }
+    state["training"] = False
+    if isinstance(state.get("inplace"), bool):
+        state["inplace"] = False  # the inverse needs the value that would be overwritten
+    view.__dict__.update(state)
+    for name, value in module.__dict__.items():
+        if not name.startswith("_") or name not in _MODULE_STATE:
+            view.__dict__[name] = _detach(view.__dict__[name], modules)
+    return view
+
+
+_MODULE_STATE = frozenset(nn.Module().__dict__)
+
+
+def _detach(value: Any, modules: dict[int, nn.Module]) -> Any:
+    """Redirect references to modules into the view, and copy containers a forward may write to."""
+    if isinstance(value, nn.Module):
+        return modules.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in modules:
+        return types.MethodType(value.__func__, modules[id(value.__self__)])
+    if type(value) is list:
+        return [_detach(item, modules) for item in value]
+    if type(value) is dict:
+        return {key: _detach(item, modules) for key, item in value.items()}
+    if type(value) is set:
+        return set(value)
+    return value
+
+
+def _copy(tensor: Tensor, made: dict[int, Tensor]) -> Tensor:
+    """Return an independent copy of a parameter or buffer; the same one for the same tensor."""
+    if id(tensor) not in made:
+        copy = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
+        made[id(tensor)] = copy
+    return made[id(tensor)]
+
+
+def unlink(view: nn.Module) -> None:
+    """Give the view tensors of its own, so that moving it leaves the model where it is."""
+    made: dict[int, Tensor] = {}
+    for module in view.modules():
+        for kind in ("_parameters", "_buffers"):
+            module.__dict__[kind] = {
+                name: None if tensor is None else _copy(tensor, made)
+                for name, tensor in module.__dict__[kind].items()
+            }
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `ModelError` for a model whose weights cannot be computed with."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a scripted model has no Python to trace; give the module it came from")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]
+    if lazy:
+        raise ModelError(f"{_names(lazy)} not initialised yet; run the model on a batch first")
+    meta = [name for name, tensor in tensors if tensor.is_meta]
+    if meta:
+        raise ModelError(
+            f"{_names(meta)} on the meta device and hold no values; "
+            "call model.to_empty(device=...) and load the weights first"
+        )
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" * (len(names) > 3))
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"
+
+
+def mode_dependent(model: nn.Module) -> list[str]:
+    """Return the names of submodules that are in training mode and compute something else there."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    return [
+        name
+        for name, module in model.named_modules()
+        if module.training and isinstance(module, kinds) and getattr(module, "p", 1) != 0
+    ]

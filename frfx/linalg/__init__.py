@@ -1,0 +1,8 @@
+"""Linear operators and the solvers that factor them once and apply the factor to every batch."""
+
+from frfx.linalg.dense import Dense
+from frfx.linalg.operators import Convolution, Diagonal, Matrix
+from frfx.linalg.pseudo_inverse import Factor
+from frfx.linalg.spectral import Spectral
+
+__all__ = ["Convolution", "Dense", "Diagonal", "Factor", "Matrix", "Spectral"]

@@ -1,0 +1,74 @@
+"""Solve with matrices and diagonals as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from frfx.linalg.operators import Diagonal, Matrix
+from frfx.linalg.pseudo_inverse import (
+    Factor,
+    Spectrum,
+    default_rcond,
+    pseudo_inverse,
+    solve_dtype,
+)
+
+
+class MatrixFactor(Factor):
+    """`inverse` is the pseudo-inverse, shape (n, m)."""
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """Map residuals (..., m) to deviations (..., n)."""
+        return F.linear(residual, self.inverse)
+
+
+class DiagonalFactor(Factor):
+    """`inverse` broadcasts as the diagonal does."""
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """Map residuals to deviations entry by entry."""
+        return residual * self.inverse
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Pseudo-inverses of whole matrices, made once in double precision.
+
+    Attributes:
+        rcond: Singular values up to this share of the largest count as zero; None for the
+            machine epsilon of the weights times the larger dimension.
+        damping: Tikhonov's parameter relative to the squared largest singular value.
+    """
+
+    rcond: float | None = None
+    damping: float = 0.0
+    name = "dense"
+
+    def prepare(self, operator: Matrix | Diagonal) -> Factor:
+        """Factor an operator."""
+        if isinstance(operator, Diagonal):
+            return self._diagonal(operator.diagonal)
+        matrix = operator.matrix
+        inverse, spectrum = pseudo_inverse(
+            matrix.double(),
+            exact=matrix.dtype == torch.float64,
+            rcond=self._cutoff(matrix.dtype, max(matrix.shape)),
+            damping=self.damping,
+        )
+        return MatrixFactor(inverse.to(solve_dtype(matrix.dtype)).contiguous(), spectrum)
+
+    def _cutoff(self, dtype: torch.dtype, size: int) -> float:
+        return default_rcond(dtype, size) if self.rcond is None else self.rcond
+
+    def _diagonal(self, diagonal: Tensor) -> DiagonalFactor:
+        scale = diagonal.double()
+        singular = scale.abs()
+        largest = singular.amax()
+        kept = singular > self._cutoff(diagonal.dtype, 1) * largest
+        inverse = torch.where(kept, scale / (scale.square() + self.damping * largest.square()), 0)
+        spectrum = Spectrum(float(largest), float(singular.amin()), not bool(kept.all()))
+        return DiagonalFactor(inverse.to(solve_dtype(diagonal.dtype)), spectrum)

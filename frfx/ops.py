@@ -1,0 +1,175 @@
+"""What an op is: its type, how programs spell it, and what a rule sees of one node."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class OpType:
+    """One kind of operation, however a program spells it.
+
+    Attributes:
+        name: The field's name of the operation, such as ``"conv"``.
+        signature: The canonical arguments in positional order. A module's attributes of the same
+            names are its arguments.
+        parametric: Whether the op opens a layer as the paper counts them.
+    """
+
+    name: str
+    signature: inspect.Signature
+    parametric: bool = False
+
+    def __repr__(self) -> str:
+        return f"OpType({self.name!r})"
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One way to write an op: a module class, a function, a method's name or an ATen overload."""
+
+    type: OpType
+    signature: inspect.Signature
+
+
+_SPELLINGS: dict[Hashable, Spelling] = {}
+
+
+def define(
+    name: str,
+    signature: Callable[..., Any],
+    spellings: Iterable[Hashable],
+    *,
+    parametric: bool = False,
+) -> OpType:
+    """Create an op type and enter its spellings.
+
+    Args:
+        name: The name shown to users.
+        signature: A function whose parameters are the canonical arguments; its body never runs.
+        spellings: Module classes, functions, method names and ATen overloads.
+        parametric: Whether the op opens a layer.
+    """
+    op_type = OpType(name, inspect.signature(signature), parametric)
+    spell(op_type, spellings)
+    return op_type
+
+
+def spell(
+    op_type: OpType, spellings: Iterable[Hashable], signature: Callable[..., Any] | None = None
+) -> None:
+    """Enter further spellings of an op type, with an argument order of their own if need be."""
+    order = op_type.signature if signature is None else inspect.signature(signature)
+    for spelling in spellings:
+        _SPELLINGS[spelling] = Spelling(op_type, order)
+
+
+def lookup(spelling: Hashable) -> Spelling | None:
+    """Return the entry of a module class, function, method name or ATen overload, if there is one."""
+    return _SPELLINGS.get(spelling)
+
+
+def module_classes() -> tuple[type[nn.Module], ...]:
+    """Return every module class that spells an op: the tracer keeps their instances whole."""
+    return tuple(s for s in _SPELLINGS if isinstance(s, type) and issubclass(s, nn.Module))
+
+
+def functions() -> tuple[Callable[..., Any], ...]:
+    """Return every plain Python function that spells an op: the tracer keeps calls of them whole."""
+    return tuple(s for s in _SPELLINGS if inspect.isfunction(s))
+
+
+def describe(spelling: Hashable) -> str:
+    """Return the spelling as a program writes it, such as ``torch.nn.Conv2d``."""
+    if isinstance(spelling, str):
+        return f'"{spelling}"'
+    if isinstance(spelling, torch._ops.OpOverload):
+        return f"torch.ops.{spelling}"
+    module = getattr(spelling, "__module__", None) or "torch"
+    name = getattr(spelling, "__qualname__", None) or getattr(spelling, "__name__", repr(spelling))
+    if name == "boolean_dispatch.<locals>.fn":  # F.max_pool2d and its like carry no name
+        found = [key for key, value in vars(nn.functional).items() if value is spelling]
+        name = found[0] if found else name
+    if module.startswith("torch.nn.modules."):
+        module = "torch.nn"
+    elif module.startswith("torch._C"):
+        module = "torch.nn.functional" if hasattr(nn.functional, name) else "torch"
+    elif module == "_operator":
+        module = "operator"
+    return f"{module}.{name.removeprefix('_VariableFunctionsClass.')}"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One node of the forward graph, as rules and plans see it.
+
+    Attributes:
+        type: The kind of operation, or None for one that the vocabulary does not know.
+        name: The fx node's name.
+        path: The node's name as torchvision's feature extraction spells it.
+        spelling: The module class, function, method name or ATen overload that the program uses.
+        inputs: The arguments that hold activations: canonical name to fx node name.
+        arguments: The constant arguments by canonical name.
+        computed: Names of tensor arguments that the graph computes, so no rule can read them.
+        module: The module that the node calls, if it calls one.
+        tensor_of: The model's tensors among the arguments; each value reads the tensor anew.
+        input_shapes: Shapes of the activations that come in, without the batch; None until known.
+        output_shape: Shape of what comes out, without the batch; None until known.
+    """
+
+    type: OpType | None
+    name: str
+    path: str
+    spelling: Hashable
+    inputs: Mapping[str, str]
+    arguments: Mapping[str, Any]
+    computed: tuple[str, ...] = ()
+    module: nn.Module | None = None
+    tensor_of: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    input_shapes: tuple[Shape, ...] | None = None
+    output_shape: Shape | None = None
+
+    def tensor(self, name: str) -> Tensor | None:
+        """Return the model's tensor that is the argument `name` now, detached, or None."""
+        read = self.tensor_of.get(name)
+        return None if read is None else read().detach()
+
+    def tensors(self) -> list[Tensor]:
+        """Return every parameter and buffer of the model that the op reads."""
+        if self.module is not None:
+            return [*self.module.parameters(), *self.module.buffers()]
+        return [read() for read in self.tensor_of.values()]
+
+    def sizes(self, name: str, dims: int) -> tuple[int, ...]:
+        """Return the argument `name` (an int or a sequence, as in a stride) as `dims` ints."""
+        value = self.arguments[name]
+        if isinstance(value, int):
+            return (value,) * dims
+        sizes = tuple(value)
+        return sizes * dims if len(sizes) == 1 else sizes
+
+    def with_shapes(self, input_shapes: tuple[Shape, ...], output_shape: Shape) -> Op:
+        """Return this op with its shapes known."""
+        return replace(self, input_shapes=input_shapes, output_shape=output_shape)
+
+    def show_shapes(self) -> str:
+        """Return the shapes for people: ``5x28x28 -> 10x12x12``, with those of the weights."""
+        shown = ""
+        if self.input_shapes is not None and self.output_shape is not None:
+            ins = ", ".join(show_shape(shape) for shape in self.input_shapes)
+            shown = f"{ins} -> {show_shape(self.output_shape)}"
+        weights = [f"{n} {show_shape(tuple(read().shape))}" for n, read in self.tensor_of.items()]
+        return "; ".join(filter(None, [shown or "known once there is an input", *weights]))
+
+
+def show_shape(shape: Shape) -> str:
+    """Return a shape for people, such as ``5x28x28``."""
+    return "x".join(map(str, shape)) if shape else "scalar"

@@ -1,0 +1,184 @@
+"""Which rules and options where: a policy is a value that `invert` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from frfx import registry
+from frfx.errors import PolicyError, nearest
+from frfx.ops import Op
+from frfx.rules.base import Rule
+
+
+@dataclass(frozen=True)
+class Override:
+    """What a policy does differently at a node or an op."""
+
+    rule: Rule | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A choice of one rule per op, with the options of every rule.
+
+    Attributes:
+        principle: Which of an op's rules is taken where there are several.
+        options: Options by name; each rule takes those it has.
+        by_op: Overrides by op type name.
+        by_node: Overrides by node, named as `frfx.layers` lists it.
+    """
+
+    principle: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    by_op: Mapping[str, Override] = field(default_factory=dict)
+    by_node: Mapping[str, Override] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_options(self.options)
+
+    def override(
+        self,
+        *,
+        op: Hashable | None = None,
+        node: str | None = None,
+        rule: Rule | None = None,
+        **options: Any,
+    ) -> Policy:
+        """Return a policy that differs at one node, or at every node of one op.
+
+        Args:
+            op: Any spelling of the op (`torch.nn.Conv2d`, `torch.tanh`, ...).
+            node: A node's name; wins over `op`.
+            rule: The rule to use there; None keeps the policy's own.
+            **options: Options for the rule there, such as `damping=1e-2`.
+
+        Raises:
+            PolicyError: If not exactly one of `op` and `node` is given, or there is no such option.
+        """
+        if (op is None) == (node is None):
+            raise PolicyError("name either an op or a node to override")
+        if rule is not None and not isinstance(rule, Rule):
+            raise PolicyError(f"a rule is an instance of frfx.rules.Rule, not {rule!r}")
+        if rule is not None and options:
+            raise PolicyError("give the options to the rule itself, as in LinearRule(damping=1e-2)")
+        _check_options(options)
+        change = Override(rule, options)
+        if node is not None:
+            return replace(self, by_node={**self.by_node, node: change})
+        name = registry.resolve(op).name
+        return replace(self, by_op={**self.by_op, name: change})
+
+    def rule_for(self, op: Op) -> Rule | None:
+        """Return the rule for an op, with its options; None if there is none."""
+        changes = [
+            change
+            for change in (
+                self.by_op.get(op.type.name) if op.type else None,
+                self.by_node.get(op.path) or self.by_node.get(op.name),
+            )
+            if change is not None
+        ]
+        rules = [change.rule for change in changes if change.rule is not None]
+        if rules:
+            return rules[-1]
+        factory = registry.default.find(op.type, self.principle)
+        if factory is None:
+            return None
+        options = dict(self.options)
+        for change in changes:
+            options |= change.options
+        taken = registry.option_names(factory)
+        return factory(**{name: value for name, value in options.items() if name in taken})
+
+    def check_nodes(self, names: set[str]) -> None:
+        """Raise `PolicyError` for overrides of nodes that are not in the graph."""
+        for node in self.by_node:
+            if node not in names:
+                raise PolicyError(
+                    f"the policy overrides {node!r}, which is no node between the layer and the "
+                    f"output.{nearest(node, names)}"
+                )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    known = registry.default.options()
+    for name in options:
+        if name not in known:
+            raise PolicyError(
+                f"no rule takes an option {name!r}.{nearest(name, known)} "
+                f"Options: {', '.join(sorted(known))}"
+            )
+
+
+def paper(
+    *,
+    label_margin: float = 0.0,
+    clamp_margin: float = 1e-3,
+    rcond: float | None = None,
+    damping: float = 0.0,
+) -> Policy:
+    """Return the paper's choices: copy through max pooling, ReLU as the identity, ties at labels.
+
+    Args:
+        label_margin: By how much the label wins after embedding; the paper's is 0, a tie.
+        clamp_margin: How far targets stay from an end of a range that an activation does not
+            reach, relative to half the range. The paper names no value.
+        rcond: Singular values up to this share of the largest count as zero; None for the
+            machine epsilon times the larger dimension.
+        damping: Tikhonov's parameter relative to the squared largest singular value.
+    """
+    return Policy(
+        "paper",
+        {
+            "label_margin": label_margin,
+            "clamp_margin": clamp_margin,
+            "rcond": rcond,
+            "damping": damping,
+        },
+    )
+
+
+def minimal(
+    *,
+    margin: float = 0.5,
+    clamp_margin: float = 1e-3,
+    rcond: float | None = None,
+    damping: float = 0.0,
+) -> Policy:
+    """Return the minimal-deviation choices: the nearest preimage through every op.
+
+    Args:
+        margin: By how much the label wins after embedding, in units of the logits.
+        clamp_margin: How far targets stay from an end of a range that an activation does not
+            reach, relative to half the range.
+        rcond: Singular values up to this share of the largest count as zero; None for the
+            machine epsilon times the larger dimension.
+        damping: Tikhonov's parameter relative to the squared largest singular value.
+    """
+    return replace(
+        paper(label_margin=margin, clamp_margin=clamp_margin, rcond=rcond, damping=damping),
+        principle="minimal",
+    )
+
+
+_NAMED = {"paper": paper, "minimal": minimal}
+
+
+def resolve(policy: Policy | str) -> Policy:
+    """Return the policy that a name stands for, or the policy itself.
+
+    Raises:
+        PolicyError: If there is no such policy.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if not isinstance(policy, str) or policy not in _NAMED:
+        known = ", ".join(map(repr, _NAMED))
+        raise PolicyError(f"no policy {policy!r}.{nearest(str(policy), _NAMED)} Known: {known}")
+    return _NAMED[policy]()
+
+
+__all__ = ["Override", "Policy", "minimal", "paper", "resolve"]

@@ -1,0 +1,62 @@
+"""The inverse rules, one family a file. Importing this package registers all of them."""
+
+from frfx.rules.activation import (
+    ElementwiseRule,
+    PReluRule,
+    ReluIdentityRule,
+    SinPaperRule,
+    register_elementwise,
+)
+from frfx.rules.affine import BatchNormRule, ScaleRule
+from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
+from frfx.rules.conv import ConvolutionRule
+from frfx.rules.label import (
+    MaximumAssignmentRule,
+    NearestEmbeddingRule,
+    OneHotRule,
+    SoftmaxRule,
+    maximum_assignment,
+    nearest_embedding,
+    one_hot,
+)
+from frfx.rules.linear import LinearRule
+from frfx.rules.pool import (
+    AdaptiveAvgPoolRule,
+    AvgPoolRule,
+    MaxPoolCopyRule,
+    MaxPoolMinimalRule,
+    MeanRule,
+)
+from frfx.rules.shape import IdentityRule, PermuteRule, ReshapeRule, TransposeRule
+
+__all__ = [
+    "AdaptiveAvgPoolRule",
+    "AffineInversion",
+    "AvgPoolRule",
+    "BatchNormRule",
+    "ConvolutionRule",
+    "ElementwiseRule",
+    "FactoredInversion",
+    "IdentityRule",
+    "Inversion",
+    "LinearRule",
+    "MaxPoolCopyRule",
+    "MaxPoolMinimalRule",
+    "MaximumAssignmentRule",
+    "MeanRule",
+    "NearestEmbeddingRule",
+    "OneHotRule",
+    "PReluRule",
+    "PermuteRule",
+    "ReluIdentityRule",
+    "ReshapeRule",
+    "Rule",
+    "ScaleRule",
+    "SinPaperRule",
+    "SoftmaxRule",
+    "TransposeRule",
+    "maximum_assignment",
+    "nearest_embedding",
+    "one_hot",
+    "register_elementwise",
+]

@@ -1,0 +1,111 @@
+"""Affine ops that act entry by entry: batch norm in evaluation mode, scalar arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frfx import vocabulary
+from frfx.linalg import Dense, Diagonal
+from frfx.ops import Op, Shape
+from frfx.registry import register_rule
+from frfx.rules.base import AffineInversion, Inversion, Rule, one_input
+
+
+@register_rule(vocabulary.batch_norm)
+@dataclass(frozen=True)
+class BatchNormRule(Rule):
+    """`x* = x^ + (y* - y^) / scale` by channel; channels of scale zero keep their value.
+
+    Minimal deviation for the affine map that batch norm is once its statistics are fixed.
+
+    Attributes:
+        rcond: Scales up to this share of the largest count as zero.
+        damping: Tikhonov's parameter relative to the squared largest scale.
+    """
+
+    equation = "Eq. 4 for a diagonal"
+    rcond: float | None = None
+    damping: float = 0.0
+
+    def supports(self, op: Op) -> str | None:
+        reason = one_input(op, "weight", "running_mean", "running_var")
+        if reason:
+            return reason
+        if op.arguments.get("training") or "running_var" not in op.tensor_of:
+            return "it normalises with the statistics of the batch, so samples depend on each other"
+        return None
+
+    def build(self, op: Op) -> Inversion:
+        return AffineInversion(
+            op, _batch_norm, Dense(self.rcond, self.damping), key=lambda shape: (len(shape),)
+        )
+
+
+def _batch_norm(op: Op, key: Shape) -> Diagonal:
+    variance, weight = op.tensor("running_var"), op.tensor("weight")
+    assert variance is not None  # `supports` has seen to it
+    # Computed in double: the statistics of a half model lose too much otherwise.
+    scale = (variance.double() + op.arguments["eps"]).rsqrt()
+    if weight is not None:
+        scale = scale * weight.double()
+    return Diagonal(scale.to(variance.dtype).reshape(-1, *[1] * (key[0] - 1)))
+
+
+@register_rule(vocabulary.add)
+@register_rule(vocabulary.sub)
+@register_rule(vocabulary.mul)
+@register_rule(vocabulary.div)
+@register_rule(vocabulary.neg)
+@dataclass(frozen=True)
+class ScaleRule(Rule):
+    """Arithmetic of an activation with a number or one of the model's tensors.
+
+    The shift drops out of `x* = x^ + (y* - y^) / scale`.
+
+    Attributes:
+        rcond: Scales up to this share of the largest count as zero.
+        damping: Tikhonov's parameter relative to the squared largest scale.
+    """
+
+    equation = "Eq. 4 for a diagonal"
+    rcond: float | None = None
+    damping: float = 0.0
+
+    def supports(self, op: Op) -> str | None:
+        if len(op.inputs) != 1:
+            return f"it combines {' and '.join(op.inputs.values())}: a branch"
+        if op.computed:
+            return "its other operand is computed in the graph, not read from the model"
+        if op.type is vocabulary.div and "other" in op.inputs:
+            return "it divides by the activation, which is not affine"
+        if op.arguments.get("rounding_mode") is not None:
+            return "it rounds, so nothing can be told from its result"
+        if op.input_shapes is not None and op.input_shapes[0] != op.output_shape:
+            return "it broadcasts the activation to a larger shape"
+        return None
+
+    def build(self, op: Op) -> Inversion:
+        return AffineInversion(op, _scale, Dense(self.rcond, self.damping))
+
+
+def _scale(op: Op, key: Shape) -> Diagonal:
+    del key
+    live = next(iter(op.inputs))
+    alpha = float(op.arguments.get("alpha", 1))
+    if op.type is vocabulary.add:
+        return Diagonal(_tensor(alpha if live == "other" else 1.0))
+    if op.type is vocabulary.sub:
+        return Diagonal(_tensor(-alpha if live == "other" else 1.0))
+    if op.type is vocabulary.neg:
+        return Diagonal(_tensor(-1.0))
+    name = "input" if live == "other" else "other"
+    read = op.tensor(name)
+    scale = _tensor(op.arguments[name]) if read is None else read
+    return Diagonal(scale if op.type is vocabulary.mul else scale.reciprocal())
+
+
+def _tensor(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)

@@ -1,0 +1,152 @@
+"""What every rule is, and what it leaves in the reconstruction graph."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from frfx.linalg import Convolution, Dense, Diagonal, Factor, Matrix, Spectral
+from frfx.ops import Op, Shape
+
+
+class Inversion(nn.Module, abc.ABC):
+    """The inverse of one op, a module of the reconstruction graph.
+
+    Attributes:
+        solver: What it solves with, for the summary.
+    """
+
+    solver = "closed form"
+
+    @abc.abstractmethod
+    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
+        """Return the inputs that the op should have had.
+
+        Args:
+            target: `y*`, what the op should have given.
+            output: `y^`, what it gave.
+            *inputs: `x^`, what it was given.
+
+        Returns:
+            `x*`, of the shape of the input; a tuple for an op of several inputs.
+        """
+
+
+class FactoredInversion(Inversion):
+    """An inversion that computes with something made from the model's weights.
+
+    The factors are made by the graph's first node, before the call runs, and forgotten when the
+    weights change; they are no part of the state dict.
+
+    Attributes:
+        op: The op that is inverted.
+        factors: What has been made, by the key that `key` computes from the input's shape.
+    """
+
+    def __init__(self, op: Op) -> None:
+        super().__init__()
+        self.op = op
+        self.factors: dict[Shape, Factor] = {}
+
+    def key(self, input_shape: Shape) -> Shape:
+        """Return what of the input's shape (without the batch) the factor depends on."""
+        del input_shape
+        return ()
+
+    @abc.abstractmethod
+    def factorize(self, key: Shape) -> Factor:
+        """Make the factor for one key from the weights as they are now."""
+
+    def factor(self, input: Tensor) -> Factor:
+        """Return the factor for this input."""
+        return self.factors[self.key(tuple(input.shape[1:]))]
+
+
+class AffineInversion(FactoredInversion):
+    """`x* = x^ + A+ (y* - y^)` for an affine op with the linear part A.
+
+    Args:
+        op: The op that is inverted.
+        operator: Makes the linear part from the op and a factor's key.
+        solver: Factors it.
+        key: What of the input's shape the operator depends on.
+    """
+
+    def __init__(
+        self,
+        op: Op,
+        operator: Callable[[Op, Shape], Matrix | Diagonal | Convolution],
+        solver: Dense | Spectral,
+        key: Callable[[Shape], Shape] | None = None,
+    ) -> None:
+        super().__init__(op)
+        self._operator, self._solver, self._key = operator, solver, key
+        self.solver = solver.name
+
+    def key(self, input_shape: Shape) -> Shape:
+        """Return what of the input's shape the operator depends on."""
+        return () if self._key is None else self._key(input_shape)
+
+    def factorize(self, key: Shape) -> Factor:
+        """Factor the linear part from the weights as they are now."""
+        return self._solver.prepare(self._operator(self.op, key))  # type: ignore[arg-type]
+
+    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
+        """Return `x^ + A+ (y* - y^)`."""
+        (x,) = inputs
+        with torch.autocast(x.device.type, enabled=False):
+            factor = self.factor(x)
+            residual = target - output
+            # Half types promote to the single precision that the factor has.
+            return x + factor.solve(residual.to(_real(factor.inverse.dtype)))
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+@dataclass(frozen=True)
+class Rule(abc.ABC):
+    """How to invert one kind of op: a value, whose fields are the options that a policy may set.
+
+    Attributes:
+        equation: The paper's equation, or the reference, that the rule implements.
+    """
+
+    equation: ClassVar[str] = ""
+
+    def supports(self, op: Op) -> str | None:
+        """Return None if the rule can invert the op, or the reason why it cannot.
+
+        It is asked when the graph is compiled and again when the shapes are known.
+        """
+        del op
+        return None
+
+    @abc.abstractmethod
+    def build(self, op: Op) -> Inversion:
+        """Return the module that inverts the op in the reconstruction graph."""
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+def one_input(op: Op, *read: str) -> str | None:
+    """Return why an op cannot be inverted through its argument `input` alone, or None.
+
+    Args:
+        op: The op.
+        *read: Arguments whose values the rule must read from the model.
+    """
+    if set(op.inputs) != {"input"}:
+        others = ", ".join(op.inputs.values()) or "nothing"
+        return f"it is applied to {others}, not to one activation"
+    computed = [name for name in read if name in op.computed]
+    if computed:
+        return f"its {' and '.join(computed)} is computed in the graph, not read from the model"
+    return None

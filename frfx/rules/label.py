@@ -1,0 +1,266 @@
+"""From labels to logits: argmax and what may follow the logits (Sec. 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frfx import vocabulary
+from frfx.errors import TargetError
+from frfx.ops import Op
+from frfx.registry import register_rule
+from frfx.rules.base import Inversion, Rule, one_input
+
+
+def nearest_embedding(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Tensor:
+    """Return the logits nearest in L2 under which every label wins by a margin.
+
+    The projection on `{a : a_y >= a_i + margin for all i != y}`: the largest competitors and the
+    label meet at one level, everything else stays. With a margin of 0 that level is a tie.
+
+    Args:
+        logits: Shape (..., K), floating point.
+        labels: Shape (...), any integer dtype, in [0, K).
+        margin: By how much the label must exceed every other entry, in units of the logits.
+
+    Returns:
+        The embedding, shape (..., K), dtype of the logits.
+
+    Raises:
+        TargetError: If the labels do not fit the logits, or the margin is negative.
+
+    Reference:
+        Problem 21 in the L2 norm, Eq. 24-33, Algorithm 1; the margin shifts the competitors.
+    """
+    check_labels(labels, logits)
+    return _nearest_embedding(logits, labels, margin)
+
+
+def _nearest_embedding(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
+    if not margin >= 0:
+        raise TargetError(f"the margin must not be negative, got {margin}")
+    index = labels.long().unsqueeze(-1)
+    own = logits.gather(-1, index)
+    excess = (logits + margin - own).scatter(-1, index, 0)  # d of Algorithm 1, 0 at the label
+    ordered = excess.sort(-1, descending=True).values
+    total = ordered.cumsum(-1)
+    count = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
+    # Formula 33: the s largest are active as long as (s + 1) d_s > d_1 + ... + d_s.
+    active = ((count + 1) * ordered > total) & (ordered > 0)
+    size = active.sum(-1, keepdim=True)
+    last = (size - 1).clamp(min=0)
+    raise_by = torch.where(size > 0, total.gather(-1, last) / (size + 1), 0)  # Eq. 31
+    level = own + raise_by  # Eq. 26
+    embedded = torch.where(excess > raise_by, level - margin, logits)  # Eq. 27
+    return embedded.scatter(-1, index, level)
+
+
+def maximum_assignment(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Tensor:
+    """Return the logits nearest in L1 under which every label wins by a margin.
+
+    Only the label's entry changes: it becomes the maximum (plus the margin over the others).
+
+    Args:
+        logits: Shape (..., K), floating point.
+        labels: Shape (...), any integer dtype, in [0, K).
+        margin: By how much the label must exceed every other entry, in units of the logits.
+
+    Returns:
+        The embedding, shape (..., K), dtype of the logits.
+
+    Raises:
+        TargetError: If the labels do not fit the logits, or the margin is negative.
+
+    Reference:
+        Problem 21 in the L1 norm, Eq. 22-23.
+    """
+    check_labels(labels, logits)
+    return _maximum_assignment(logits, labels, margin)
+
+
+def _maximum_assignment(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
+    if not margin >= 0:
+        raise TargetError(f"the margin must not be negative, got {margin}")
+    index = labels.long().unsqueeze(-1)
+    others = logits.scatter(-1, index, -torch.inf).amax(-1, keepdim=True)
+    return logits.scatter(-1, index, torch.maximum(logits.gather(-1, index), others + margin))
+
+
+def one_hot(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return 1 at the label and 0 elsewhere, whatever the logits: the paper's control (Sec. 4.2).
+
+    Args:
+        logits: Shape (..., K), floating point; gives shape, dtype and device only.
+        labels: Shape (...), any integer dtype, in [0, K).
+
+    Returns:
+        The embedding, shape (..., K), dtype of the logits.
+
+    Raises:
+        TargetError: If the labels do not fit the logits.
+    """
+    check_labels(labels, logits)
+    return _one_hot(logits, labels)
+
+
+def _one_hot(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.zeros_like(logits).scatter(-1, labels.long().unsqueeze(-1), 1)
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Raise `TargetError` for labels that do not fit the logits."""
+    if not isinstance(labels, Tensor):
+        raise TargetError(f"expected a tensor of labels, got {type(labels).__name__}")
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise TargetError(f"labels have an integer dtype, not {labels.dtype}")
+    if labels.shape != logits.shape[:-1]:
+        raise TargetError(
+            f"labels of shape {tuple(labels.shape)} do not fit logits of shape "
+            f"{tuple(logits.shape)}: expected {tuple(logits.shape[:-1])}"
+        )
+    check_range(labels, logits.shape[-1])
+
+
+def check_range(labels: Tensor, classes: int) -> None:
+    """Raise `TargetError` for labels outside [0, classes)."""
+    if labels.numel() == 0:
+        return
+    low, high = labels.aminmax()
+    if low < 0 or high >= classes:
+        wrong = int(low) if low < 0 else int(high)
+        position = (labels == wrong).nonzero()[0].tolist()
+        raise TargetError(
+            f"label {wrong} at position {position} is out of range: the network has {classes} "
+            f"classes, 0 to {classes - 1}"
+        )
+
+
+class Embedding(Inversion):
+    """Embeds integer labels near the logits; a float target is the target of the logits already.
+
+    Args:
+        embed: Maps logits (N, K) and labels (N,) to logits.
+    """
+
+    def __init__(self, embed: Callable[..., Tensor], **options: float) -> None:
+        super().__init__()
+        self.embed, self.options = embed, options
+
+    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
+        if target.is_floating_point():
+            return target
+        (logits,) = inputs
+        # Half types are solved in single, as everywhere.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.embed(logits, target, **self.options)
+
+
+class _LabelRule(Rule):
+    """What the embeddings have in common: argmax over the classes, the last dimension."""
+
+    def supports(self, op: Op) -> str | None:
+        reason = one_input(op, "dim")
+        if reason:
+            return reason
+        dim = op.arguments["dim"]
+        if dim is None:
+            return "argmax over the flattened batch: name the dimension of the classes (dim=1)"
+        dims = 2 if op.input_shapes is None else len(op.input_shapes[0]) + 1
+        if dim not in (-1, dims - 1):
+            return f"argmax over dimension {dim}: the classes must be the last dimension"
+        return None
+
+
+@register_rule(vocabulary.argmax)
+@dataclass(frozen=True)
+class NearestEmbeddingRule(_LabelRule):
+    """The nearest logits in L2 under which the label wins.
+
+    Attributes:
+        label_margin: By how much it wins, in units of the logits; 0 is a tie.
+    """
+
+    equation = "Eq. 21, 24-33, Algorithm 1"
+    label_margin: float = 0.0
+
+    def build(self, op: Op) -> Inversion:
+        return Embedding(_nearest_embedding, margin=self.label_margin)
+
+
+@dataclass(frozen=True)
+class MaximumAssignmentRule(_LabelRule):
+    """The nearest logits in L1 under which the label wins.
+
+    Attributes:
+        label_margin: By how much it wins, in units of the logits; 0 is a tie.
+    """
+
+    equation = "Eq. 21-23"
+    label_margin: float = 0.0
+
+    def build(self, op: Op) -> Inversion:
+        return Embedding(_maximum_assignment, margin=self.label_margin)
+
+
+@dataclass(frozen=True)
+class OneHotRule(_LabelRule):
+    """1 at the label and 0 elsewhere."""
+
+    equation = "Sec. 4.2"
+
+    def build(self, op: Op) -> Inversion:
+        return Embedding(_one_hot)
+
+
+class SoftmaxInversion(Inversion):
+    """Lets labels pass, for softmax keeps their order; inverts a float target.
+
+    Args:
+        dim: The dimension of the classes.
+        log: Whether the op is log-softmax.
+        margin: Probabilities below `margin / K` count as that.
+    """
+
+    def __init__(self, dim: int, log: bool, margin: float) -> None:
+        super().__init__()
+        self.dim, self.log, self.margin = dim, log, margin
+
+    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
+        if not target.is_floating_point():
+            return target
+        (x,) = inputs
+        if self.log:
+            shift = target - output
+        else:
+            floor = self.margin / x.shape[self.dim]
+            shift = target.clamp(min=floor).log() - output.to(target.dtype).clamp(min=floor).log()
+        return x + shift - shift.mean(self.dim, keepdim=True)
+
+
+@register_rule(vocabulary.softmax)
+@register_rule(vocabulary.log_softmax)
+@dataclass(frozen=True)
+class SoftmaxRule(Rule):
+    """The nearest of the preimages `log p* + c`: `z^ + e - mean(e)` with `e = log p* - log p^`.
+
+    Attributes:
+        clamp_margin: Target probabilities are kept above `clamp_margin / K`.
+    """
+
+    equation = "Eq. 4 along the preimage"
+    clamp_margin: float = 1e-3
+
+    def supports(self, op: Op) -> str | None:
+        reason = one_input(op, "dim")
+        if reason is None and op.arguments["dim"] is None and op.spelling is not torch.nn.Softmax2d:
+            return "softmax without a dimension: name that of the classes (dim=1)"
+        return reason
+
+    def build(self, op: Op) -> Inversion:
+        dim = op.arguments["dim"]
+        return SoftmaxInversion(
+            -3 if dim is None else dim, op.type is vocabulary.log_softmax, self.clamp_margin
+        )

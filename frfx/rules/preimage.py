@@ -1,0 +1,208 @@
+"""Nearest preimages under the activation functions: `(y, x^) -> x*`, entry by entry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def identity(y: Tensor, x: Tensor, **_: Any) -> Tensor:
+    """The target itself."""
+    return y
+
+
+def softsign(y: Tensor) -> Tensor:
+    """`y / (1 - |y|)`."""
+    return y / (1 - y.abs())
+
+
+def logsigmoid(y: Tensor) -> Tensor:
+    """`y - log(1 - e^y)`."""
+    return y - torch.log(-torch.expm1(y))
+
+
+def softplus(y: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """`y + log(1 - e^(-beta y)) / beta`; the identity beyond the threshold, as in torch."""
+    scaled = beta * y
+    return torch.where(scaled > threshold, y, y + torch.log(-torch.expm1(-scaled)) / beta)
+
+
+def elu(y: Tensor, alpha: float = 1.0) -> Tensor:
+    """`log(1 + y / alpha)` for negative y."""
+    return torch.where(y > 0, y, torch.log1p(y.clamp(max=0) / alpha))
+
+
+def elu_range(alpha: float = 1.0) -> tuple[float, float]:
+    """The range of ELU and CELU."""
+    return -alpha, math.inf
+
+
+_SELU_SCALE = 1.0507009873554804934193349852946
+_SELU_ALPHA = 1.6732632423543772848170429916717
+
+
+def selu(y: Tensor) -> Tensor:
+    """ELU's inverse with SELU's constants."""
+    return elu(y / _SELU_SCALE, _SELU_ALPHA)
+
+
+def selu_range() -> tuple[float, float]:
+    """The range of SELU."""
+    return -_SELU_SCALE * _SELU_ALPHA, math.inf
+
+
+def celu(y: Tensor, alpha: float = 1.0) -> Tensor:
+    """`alpha log(1 + y / alpha)` for negative y."""
+    return torch.where(y > 0, y, alpha * torch.log1p(y.clamp(max=0) / alpha))
+
+
+def hardtanh_range(min_val: float = -1.0, max_val: float = 1.0) -> tuple[float, float]:
+    """The range of hardtanh."""
+    return min_val, max_val
+
+
+def hardsigmoid(y: Tensor, x: Tensor) -> Tensor:
+    """`6 y - 3` on the slope."""
+    return 6 * y - 3
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A slope read from the model, kept as factors are."""
+
+    slope: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """No memory of its own: the model holds it."""
+        return 0
+
+
+def leaky_relu(y: Tensor, x: Tensor, negative_slope: float | Tensor = 0.01) -> Tensor:
+    """The nearest preimage for any slope a of the negative side.
+
+    Of the best approximations of y from either side (`max(y, 0)` from the positive one), the one
+    that is nearer to y under the function, and of two that are equally near, the nearer to x.
+    """
+    a = torch.as_tensor(negative_slope, dtype=y.dtype, device=y.device)
+    right = y.clamp(min=0)
+    ratio = y / torch.where(a == 0, 1, a)
+    left = torch.where(a == 0, x.clamp(max=0).to(y.dtype), ratio.clamp(max=0))
+    miss_right = (right - y).abs()
+    miss_left = torch.where((a != 0) & (ratio <= 0), 0, y.abs())
+    nearer = (left - x).abs() < (right - x).abs()
+    return torch.where((miss_left < miss_right) | ((miss_left == miss_right) & nearer), left, right)
+
+
+def sin(y: Tensor, x: Tensor) -> Tensor:
+    """The nearest of `asin(y) + 2 pi k` and `pi - asin(y) + 2 pi k`."""
+    turn = 2 * math.pi
+    rising = torch.asin(y)
+    rising = rising + turn * torch.round((x - rising) / turn)
+    falling = math.pi - torch.asin(y)
+    falling = falling + turn * torch.round((x - falling) / turn)
+    return torch.where((rising - x).abs() <= (falling - x).abs(), rising, falling)
+
+
+def hardswish(y: Tensor, x: Tensor) -> Tensor:
+    """The roots of `x (x + 3) / 6 = y` around -1.5, the identity above 3, all of x <= -3 for 0."""
+    root = torch.sqrt((9 + 24 * y).clamp(min=0))
+    right = torch.where(y >= 3, y, (root - 3) / 2)
+    left = torch.where(y == 0, x.clamp(max=-3), (-root - 3) / 2)
+    closer = (left - x).abs() < (right - x).abs()
+    return torch.where((y <= 0) & closer, left, right)
+
+
+@dataclass(frozen=True)
+class Dip:
+    """A function that falls to one minimum and rises from there: SiLU, GELU, Mish.
+
+    Attributes:
+        function: The function.
+        derivative: Its derivative.
+        argmin: Where the minimum lies.
+        minimum: Its value.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    argmin: float
+    minimum: float
+
+    def nearest(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return the nearest preimage; two exist for negative y, one otherwise."""
+        floor = torch.full_like(y, self.argmin)
+        # f(v) > v - 0.5 for v > 0, and f(0) = 0.
+        right = self._root(y, floor, y.clamp(min=0) + 0.5)
+        left = self._root(y, torch.full_like(y, self._far_left(y.dtype)), floor)
+        closer = (left - x).abs() < (right - x).abs()
+        return torch.where((y < 0) & closer, left, right)
+
+    def _far_left(self, dtype: torch.dtype) -> float:
+        """Return a point left of which the function is zero to the precision of the type."""
+        return -750.0 if dtype == torch.float64 else -105.0
+
+    def _root(self, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Find f(v) = y between two points by Newton's steps, bisecting where they leave.
+
+        A fixed count of steps: nothing is read back from the device.
+        """
+        rises = self.function(high) > self.function(low)
+        v = (low + high) / 2
+        for _ in range(64 if y.dtype == torch.float64 else 40):
+            error = self.function(v) - y
+            above = (error > 0) == rises
+            low, high = torch.where(above, low, v), torch.where(above, v, high)
+            newton = v - error / self.derivative(v)
+            v = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+        return v
+
+
+def _silu_derivative(v: Tensor) -> Tensor:
+    s = torch.sigmoid(v)
+    return s * (1 + v * (1 - s))
+
+
+def _gelu_derivative(v: Tensor) -> Tensor:
+    density = torch.exp(-v.square() / 2) / math.sqrt(2 * math.pi)
+    return torch.special.ndtr(v) + v * density
+
+
+def _gelu_tanh(v: Tensor) -> Tensor:
+    return F.gelu(v, approximate="tanh")
+
+
+def _gelu_tanh_derivative(v: Tensor) -> Tensor:
+    scale = math.sqrt(2 / math.pi)
+    t = torch.tanh(scale * (v + 0.044715 * v**3))
+    return (1 + t) / 2 + v / 2 * (1 - t.square()) * scale * (1 + 3 * 0.044715 * v.square())
+
+
+def _mish_derivative(v: Tensor) -> Tensor:
+    t = torch.tanh(F.softplus(v))
+    return t + v * (1 - t.square()) * torch.sigmoid(v)
+
+
+# The minima, to the last digit of a double.
+SILU = Dip(F.silu, _silu_derivative, -1.2784645427610738, -0.27846454276107380)
+GELU = Dip(F.gelu, _gelu_derivative, -0.7517915246935645, -0.16997120747990369)
+GELU_TANH = Dip(_gelu_tanh, _gelu_tanh_derivative, -0.7524614220710162, -0.17004075057125413)
+MISH = Dip(F.mish, _mish_derivative, -1.1924312145154237, -0.30884341301725043)
+
+silu, mish = SILU.nearest, MISH.nearest
+
+
+def gelu(y: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+    """The nearest preimage under either form of GELU."""
+    return (GELU_TANH if approximate == "tanh" else GELU).nearest(y, x)
+
+
+def gelu_range(approximate: str = "none") -> tuple[float, float]:
+    """The range of either form of GELU."""
+    return (GELU_TANH if approximate == "tanh" else GELU).minimum, math.inf

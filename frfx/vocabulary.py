@@ -1,0 +1,225 @@
+"""The op vocabulary: every op that rules may speak of, and all its spellings.
+
+A spelling is matched by object: the module class (exactly, not its subclasses), the function, the
+method's name, and the ATen overload that `torch.export` leaves. In-place spellings are rewritten by
+the tracer, so they do not occur here.
+"""
+
+# The canonical signatures are lambdas whose parameters matter and whose bodies never run.
+# ruff: noqa: E731
+# mypy: disable-error-code="misc"
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from frfx.ops import OpType, define, spell
+
+aten = torch.ops.aten
+
+linear = define(
+    "linear",
+    lambda input, weight, bias=None, **_: None,
+    [nn.Linear, F.linear, aten.linear.default],
+    parametric=True,
+)
+conv = define(
+    "conv",
+    lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, padding_mode="zeros", **_: None,  # noqa: E501
+    [nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d]
+    + [aten.conv1d.default, aten.conv2d.default, aten.conv3d.default]
+    + [aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding],
+    parametric=True,
+)
+conv_transpose = define(
+    "conv_transpose",
+    lambda input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, **_: None,  # noqa: E501
+    [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+    + [F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d]
+    + [aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input],
+    parametric=True,
+)
+batch_norm = define(
+    "batch_norm",
+    lambda input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, **_: None,  # noqa: E501
+    [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, F.batch_norm],
+)
+dropout = define(
+    "dropout",
+    lambda input, p=0.5, training=True, **_: None,
+    [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout]
+    + [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout]
+    + [aten.dropout.default],
+)
+identity = define(
+    "identity",
+    lambda input, *_, **__: None,
+    [nn.Identity, "contiguous", "clone", "detach", torch.clone, torch.detach]
+    + [aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default],
+)
+
+max_pool = define(
+    "max_pool",
+    lambda input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False, **_: None,  # noqa: E501
+    [nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d]
+    + [torch.max_pool1d, torch.max_pool2d, torch.max_pool3d]
+    + [aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default],
+)
+avg_pool = define(
+    "avg_pool",
+    lambda input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None, **_: None,  # noqa: E501
+    [nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d]
+    + [aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default],
+)
+adaptive_avg_pool = define(
+    "adaptive_avg_pool",
+    lambda input, output_size, **_: None,
+    [nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d]
+    + [F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d]
+    + [aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default]
+    + [aten.adaptive_avg_pool3d.default],
+)
+mean = define(
+    "mean",
+    lambda input, dim=None, keepdim=False, **_: None,
+    [torch.mean, "mean", aten.mean.dim],
+)
+
+reshape = define(
+    "reshape",
+    lambda input, *shape, **_: None,
+    [nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze]
+    + ["flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", torch.unflatten]
+    + [aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten._unsafe_view.default]
+    + [aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default],
+)
+permute = define(
+    "permute", lambda input, *dims, **_: None, [torch.permute, "permute", aten.permute.default]
+)
+transpose = define(
+    "transpose",
+    lambda input, dim0, dim1: None,
+    [torch.transpose, torch.swapaxes, "transpose", "swapaxes", aten.transpose.int],
+)
+
+add = define(
+    "add",
+    lambda input, other, alpha=1, **_: None,
+    [operator.add, torch.add, "add", aten.add.Tensor, aten.add.Scalar],
+)
+sub = define(
+    "sub",
+    lambda input, other, alpha=1, **_: None,
+    [operator.sub, torch.sub, torch.subtract, "sub", aten.sub.Tensor, aten.sub.Scalar],
+)
+spell(
+    sub,
+    [torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor],
+    lambda other, input, alpha=1, **_: None,
+)
+mul = define(
+    "mul",
+    lambda input, other, **_: None,
+    [operator.mul, torch.mul, torch.multiply, "mul", aten.mul.Tensor, aten.mul.Scalar],
+)
+div = define(
+    "div",
+    lambda input, other, rounding_mode=None, **_: None,
+    [operator.truediv, torch.div, torch.divide, torch.true_divide, "div"]
+    + [aten.div.Tensor, aten.div.Scalar],
+)
+neg = define("neg", lambda input: None, [operator.neg, torch.neg, "neg", aten.neg.default])
+
+argmax = define(
+    "argmax",
+    lambda input, dim=None, keepdim=False, **_: None,
+    [torch.argmax, "argmax", aten.argmax.default],
+)
+softmax = define(
+    "softmax",
+    lambda input, dim=None, **_: None,
+    [nn.Softmax, nn.Softmax2d, F.softmax, torch.softmax, "softmax", aten.softmax.int]
+    + [aten._softmax.default],
+)
+log_softmax = define(
+    "log_softmax",
+    lambda input, dim=None, **_: None,
+    [nn.LogSoftmax, F.log_softmax, torch.log_softmax, "log_softmax", aten.log_softmax.int]
+    + [aten._log_softmax.default],
+)
+
+relu = define(
+    "relu", lambda input, **_: None, [nn.ReLU, F.relu, torch.relu, "relu", aten.relu.default]
+)
+leaky_relu = define(
+    "leaky_relu",
+    lambda input, negative_slope=0.01, **_: None,
+    [nn.LeakyReLU, F.leaky_relu, aten.leaky_relu.default],
+)
+prelu = define(
+    "prelu",
+    lambda input, weight: None,
+    [nn.PReLU, F.prelu, torch.prelu, "prelu", aten.prelu.default],
+)
+elu = define("elu", lambda input, alpha=1.0, **_: None, [nn.ELU, F.elu, aten.elu.default])
+selu = define("selu", lambda input, **_: None, [nn.SELU, F.selu, torch.selu, aten.selu.default])
+celu = define(
+    "celu", lambda input, alpha=1.0, **_: None, [nn.CELU, F.celu, torch.celu, aten.celu.default]
+)
+softplus = define(
+    "softplus",
+    lambda input, beta=1.0, threshold=20.0: None,
+    [nn.Softplus, F.softplus, aten.softplus.default],
+)
+softsign = define("softsign", lambda input: None, [nn.Softsign, F.softsign])
+logsigmoid = define(
+    "logsigmoid", lambda input: None, [nn.LogSigmoid, F.logsigmoid, aten.log_sigmoid.default]
+)
+hardtanh = define(
+    "hardtanh",
+    lambda input, min_val=-1.0, max_val=1.0, **_: None,
+    [nn.Hardtanh, F.hardtanh, aten.hardtanh.default],
+)
+relu6 = define("relu6", lambda input, **_: None, [nn.ReLU6, F.relu6, aten.relu6.default])
+hardsigmoid = define(
+    "hardsigmoid",
+    lambda input, **_: None,
+    [nn.Hardsigmoid, F.hardsigmoid, aten.hardsigmoid.default],
+)
+sigmoid = define(
+    "sigmoid",
+    lambda input, **_: None,
+    [nn.Sigmoid, F.sigmoid, torch.sigmoid, torch.special.expit, "sigmoid", aten.sigmoid.default],
+)
+silu = define("silu", lambda input, **_: None, [nn.SiLU, F.silu, aten.silu.default])
+gelu = define(
+    "gelu", lambda input, approximate="none", **_: None, [nn.GELU, F.gelu, aten.gelu.default]
+)
+mish = define("mish", lambda input, **_: None, [nn.Mish, F.mish, aten.mish.default])
+hardswish = define(
+    "hardswish", lambda input, **_: None, [nn.Hardswish, F.hardswish, aten.hardswish.default]
+)
+
+
+def _unary(name: str, *aliases: str, module: type[nn.Module] | None = None) -> OpType:
+    """Define a function of one tensor under all its names in torch, as function and as method."""
+    spellings: list = [] if module is None else [module]
+    for alias in (name, *aliases):
+        spellings += [getattr(torch, alias), alias]
+        if hasattr(F, alias):
+            spellings.append(getattr(F, alias))
+    return define(name, lambda input, **_: None, [*spellings, getattr(aten, name).default])
+
+
+tanh = _unary("tanh", module=nn.Tanh)
+atan = _unary("atan", "arctan")
+sin = _unary("sin")
+sinh = _unary("sinh")
+asinh = _unary("asinh", "arcsinh")
+
+HEADS = (softmax, log_softmax, argmax)
+"""Op types that may close a classifier after its logits: labels pass through them unchanged."""
