@@ -20,6 +20,8 @@ from frfx.errors import (
     TraceMismatchError,
     UnsupportedOpsError,
 )
+from frfx.metrics import Measurement, measure
+from frfx.posttrain import EpochRecord, Losses, PostTraining, accuracy, post_train
 from frfx.registry import register_rule
 from frfx.rules import maximum_assignment, nearest_embedding, one_hot, register_elementwise
 
@@ -29,25 +31,32 @@ __all__ = [
     "BackendError",
     "ConditionWarning",
     "DataError",
+    "EpochRecord",
     "FrfxError",
     "InputError",
     "Inverse",
     "LayerError",
+    "Losses",
+    "Measurement",
     "ModeWarning",
     "ModelError",
     "NonFiniteError",
     "PolicyError",
+    "PostTraining",
     "RegistryError",
     "TargetError",
     "TraceError",
     "TraceMismatchError",
     "UnsupportedOpsError",
+    "accuracy",
     "invert",
     "layers",
     "maximum_assignment",
+    "measure",
     "nearest_embedding",
     "one_hot",
     "policy",
+    "post_train",
     "register_elementwise",
     "register_rule",
     "rules",

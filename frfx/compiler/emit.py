@@ -53,17 +53,10 @@ def emit(traced: Traced, plan: Plan) -> Emitted:
     """Write the reconstruction graph of a plan."""
     graph = fx.Graph()
     inversions = nn.Module()
-    copies: dict[fx.Node, fx.Node] = {}
-    x = copies[traced.input] = graph.placeholder(traced.input.name)
+    x = graph.placeholder(traced.input.name)
     target = graph.placeholder("target")
     value = graph.call_module("prepare", (x, target))
-
-    for node in traced.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        copy = copies[node] = graph.node_copy(node, lambda source: copies[source])
-        if node.op in ("call_module", "get_attr"):
-            copy.target = f"model.{node.target}"
+    copies = _copy_forward(traced, graph, {traced.input: x})
 
     stages = []
     for step in plan.steps:
@@ -83,6 +76,43 @@ def emit(traced: Traced, plan: Plan) -> Emitted:
     graph.output(graph.call_module("finish", (value, cut)))
     _forget_unused(graph)
     return Emitted(graph, inversions, tuple(stages), cut.name)
+
+
+def forward_module(
+    traced: Traced, outputs: tuple[fx.Node, ...], given: tuple[fx.Node, ...] = ()
+) -> fx.GraphModule:
+    """Return a module that computes some values of the forward pass.
+
+    Args:
+        traced: The network.
+        outputs: The nodes whose values are returned, as a tuple.
+        given: Nodes whose values are not computed but passed, after the input batch.
+    """
+    graph = fx.Graph()
+    known = {traced.input: graph.placeholder(traced.input.name)}
+    known |= {node: graph.placeholder(f"{node.name}_given") for node in given}
+    copies = _copy_forward(traced, graph, known)
+    graph.output(tuple(copies[node] for node in outputs))
+    _forget_unused(graph)
+    root = nn.Module()
+    root.add_module("model", traced.root)
+    module = fx.GraphModule(root, graph, class_name="Forward")
+    module.add_module("model", traced.root)  # whole: GraphModule copies only what it needs
+    return module
+
+
+def _copy_forward(
+    traced: Traced, graph: fx.Graph, known: dict[fx.Node, fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """Copy the forward pass into a graph, but for the nodes that are known in it."""
+    copies = dict(known)
+    for node in traced.graph.nodes:
+        if node.op == "output" or node in copies:
+            continue
+        copy = copies[node] = graph.node_copy(node, lambda source: copies[source])
+        if node.op in ("call_module", "get_attr"):
+            copy.target = f"model.{node.target}"
+    return copies
 
 
 def _add(inversions: nn.Module, name: str, inversion: Inversion) -> str:

@@ -15,6 +15,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from frfx import ops
+from frfx.compiler.view import writes_in_place
 from frfx.errors import InputError, TraceError
 
 aten = torch.ops.aten
@@ -68,7 +69,7 @@ def trace(view: nn.Module, example_input: Tensor | None = None) -> Traced:
                 "Give example_input, a batch of the model's input, and torch.export will be used."
             ) from error
         graph, front_end = _exported(view, example_input, error), "torch.export"
-    _functionalize(graph)
+    _functionalize(graph, view)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -189,10 +190,13 @@ _OUT_OF_PLACE = {
 }
 
 
-def _functionalize(graph: fx.Graph) -> None:
-    """Replace writes in place, which would destroy forward values that the inverse needs."""
+def _functionalize(graph: fx.Graph, view: nn.Module) -> None:
+    """Replace writes in place, which would destroy forward values that the inverse needs.
+
+    What reads the overwritten value later reads the new one instead.
+    """
     for node in list(graph.nodes):
-        written = False
+        written = node.op == "call_module" and writes_in_place(view.get_submodule(node.target))
         if node.op in ("call_function", "call_method") and node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
             written = True

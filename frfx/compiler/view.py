@@ -17,15 +17,31 @@ from torch import Tensor, nn
 from frfx.errors import ModelError
 
 
-def evaluation_view(model: nn.Module, own: Collection[Tensor] = ()) -> nn.Module:
+_INPLACE = "_frfx_inplace"
+"""Marks modules of a view that write in place in the model."""
+
+
+def evaluation_view(
+    model: nn.Module, own: Collection[Tensor] = (), *, inplace: bool = False
+) -> nn.Module:
     """Return modules of the same classes that share the model's tensors, in evaluation mode.
 
     Args:
-        model: Any module; it is not changed.
+        model: Any module, a view among them; it is not changed.
         own: Parameters and buffers that the view keeps as copies of what they are now.
+        inplace: Whether modules write in place where the model's do. Otherwise they do not: an
+            inverse needs the values that would be overwritten.
     """
-    copies = {id(tensor): tensor for tensor in own}
-    return _view(model, copies, {}, {})
+    view = _view(model, {id(tensor): tensor for tensor in own}, {}, {})
+    for module in view.modules():
+        if inplace and writes_in_place(module):
+            module.inplace = True
+    return view
+
+
+def writes_in_place(module: nn.Module) -> bool:
+    """Tell whether a module of a view stands for one that writes in place."""
+    return _INPLACE in module.__dict__
 
 
 def _view(
@@ -49,8 +65,9 @@ def _view(
         for name, child in module._modules.items()
     }
     state["training"] = False
-    if isinstance(state.get("inplace"), bool):
-        state["inplace"] = False  # the inverse needs the value that would be overwritten
+    if state.get("inplace") is True:
+        state["inplace"] = False
+        state[_INPLACE] = True
     view.__dict__.update(state)
     for name, value in module.__dict__.items():
         if not name.startswith("_") or name not in _MODULE_STATE:

@@ -1,0 +1,157 @@
+"""Three numbers judge a reconstruction: label consistency, relative deviation, residual by node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frfx.compiler.emit import forward_module
+from frfx.compiler.inverse import Inverse
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class NodeResidual:
+    """How far an op of the reconstructed input stays from its target.
+
+    Attributes:
+        node: The forward node.
+        op: The name of its operation.
+        residual: `||f(x*) - y*||` of every sample, shape (N,).
+        scale: `||y^||` of every sample, shape (N,).
+    """
+
+    node: str
+    op: str
+    residual: Tensor
+    scale: Tensor
+
+    @property
+    def relative(self) -> float:
+        """The mean over samples of `||f(x*) - y*|| / ||y^||`."""
+        return float((self.residual / self.scale.clamp(min=torch.finfo(torch.float64).tiny)).mean())
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a reconstruction is worth, sample by sample; prints as a table.
+
+    Attributes:
+        layer: The reconstructed node.
+        consistent: Whether the rest of the network gives the label for `a*`, shape (N,); None
+            for float targets.
+        deviation: `||a* - a^|| / ||a^||` of every sample, shape (N,).
+        residuals: One record a node, from the output to the layer.
+    """
+
+    layer: str
+    consistent: Tensor | None
+    deviation: Tensor
+    residuals: tuple[NodeResidual, ...]
+
+    @property
+    def label_consistency(self) -> float | None:
+        """The share of samples whose `argmax g(a*)` is the label."""
+        return None if self.consistent is None else float(self.consistent.double().mean())
+
+    @property
+    def relative_deviation(self) -> float:
+        """The mean over samples of `||a* - a^|| / ||a^||`."""
+        return float(self.deviation.mean())
+
+    def deviation_quantiles(self, q: Sequence[float] = QUANTILES) -> list[float]:
+        """Return quantiles over samples of the relative deviation."""
+        return torch.quantile(self.deviation, self.deviation.new_tensor(q)).tolist()
+
+    @staticmethod
+    def cat(parts: Sequence[Measurement]) -> Measurement:
+        """Return the measurement of several batches of one inverse together."""
+        first = parts[0]
+        kept = [part.consistent for part in parts if part.consistent is not None]
+        residuals = tuple(
+            NodeResidual(
+                rows[0].node,
+                rows[0].op,
+                torch.cat([row.residual for row in rows]),
+                torch.cat([row.scale for row in rows]),
+            )
+            for rows in zip(*(part.residuals for part in parts), strict=True)
+        )
+        return Measurement(
+            first.layer,
+            torch.cat(kept) if kept else None,
+            torch.cat([part.deviation for part in parts]),
+            residuals,
+        )
+
+    def __str__(self) -> str:
+        kept = self.label_consistency
+        marks = ", ".join(
+            f"{q:.0%} {value:.3g}"
+            for q, value in zip(QUANTILES, self.deviation_quantiles(), strict=True)
+        )
+        lines = [
+            f"layer               {self.layer}",
+            f"label consistency   {'-' if kept is None else f'{kept:.4f}'}",
+            f"relative deviation  {self.relative_deviation:.4g}  (quantiles {marks})",
+            "residual            ||f(x*) - y*||, and relative to ||y^||",
+        ]
+        width = max((len(r.node) for r in self.residuals), default=0)
+        lines += [
+            f"  {r.node:<{width}}  {r.op:<12}  {float(r.residual.mean()):.3g}  {r.relative:.3g}"
+            for r in self.residuals
+        ]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def measure(inverse: Inverse, x: Tensor, labels: Tensor) -> Measurement:
+    """Judge the reconstructions of a batch.
+
+    Args:
+        inverse: What `frfx.invert` returned.
+        x: The input batch.
+        labels: Integer labels (N,), or a float target of the output's shape.
+
+    Returns:
+        Label consistency, relative deviation and the residual at every node.
+
+    Raises:
+        InputError, TargetError, NonFiniteError: As a call of the inverse does.
+    """
+    nodes = inverse.reconstruct(x, labels)
+    feature = nodes[inverse.layer]
+    traced, tail = inverse.traced, inverse.plan.tail
+    consistent = None
+    if not labels.is_floating_point():
+        (logits,) = forward_module(traced, (tail.logits,), (tail.cut,))(x, feature.target)
+        consistent = logits.argmax(-1) == labels
+    residuals = []
+    for step in inverse.plan.steps:
+        if step.node is None or step.op.path not in nodes:
+            continue
+        reached = [nodes[traced.paths[node]].target for node in step.inputs]
+        values = nodes[step.op.path]
+        if not values.target.is_floating_point():
+            continue
+        given = [v.to(values.forward.dtype) for v in reached]
+        (again,) = forward_module(traced, (step.node,), step.inputs)(x, *given)
+        residuals.append(
+            NodeResidual(
+                step.op.path,
+                values.op,
+                _norms(again.double() - values.target.double()),
+                _norms(values.forward.double()),
+            )
+        )
+    deviation = _norms(feature.target.double() - feature.forward.double())
+    size = _norms(feature.forward.double()).clamp(min=torch.finfo(torch.float64).tiny)
+    return Measurement(inverse.layer, consistent, deviation / size, tuple(residuals))
+
+
+def _norms(values: Tensor) -> Tensor:
+    return values.flatten(1).norm(dim=1)

@@ -1,0 +1,80 @@
+"""Targets of post-training: what the layer of the network before training should have produced.
+
+The paper reconstructs the features once, before training, from the network as it is then. Here the
+same targets are recomputed for every batch, from a reference that keeps the trained parameters as
+they were and shares everything that is frozen: no data set of features is stored, random
+augmentation is allowed, and a change of a frozen weight is never missed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from frfx.api import invert
+from frfx.compiler.view import evaluation_view
+from frfx.policy import Policy
+
+
+class Targets:
+    """Reconstructs features as the network before training would.
+
+    Args:
+        model: The network.
+        trained: The parameters and buffers that training will change.
+        upto_layer: The layer whose feature is reconstructed.
+        policy: As for `frfx.invert`.
+        backend: As for `frfx.invert`.
+        example_input: As for `frfx.invert`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: list[Tensor],
+        *,
+        upto_layer: int | str,
+        policy: Policy | str,
+        backend: str,
+        example_input: Tensor | None,
+    ) -> None:
+        reference = evaluation_view(model, own=trained)
+        shared = {id(tensor) for tensor in _tensors(model)}
+        self._own = [tensor for tensor in _tensors(reference) if id(tensor) not in shared]
+        self.inverse = invert(
+            reference,
+            upto_layer,
+            policy=policy,
+            backend=backend,
+            example_input=example_input,
+        )
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return `a*` for a batch; runs outside of autocast."""
+        for tensor in self._own:
+            dtype = x.dtype if tensor.is_floating_point() else tensor.dtype
+            if tensor.device != x.device or tensor.dtype != dtype:
+                tensor.data = tensor.data.to(x.device, dtype)  # the frozen rest was moved
+        with torch.autocast(x.device.type, enabled=False):
+            return self.inverse(x, y)
+
+    def state(self) -> list[Tensor]:
+        """Return the reference's own tensors, to be saved beside the model."""
+        return [tensor.detach().clone() for tensor in self._own]
+
+    def load(self, state: list[Tensor]) -> None:
+        """Take over what `state` returned."""
+        for tensor, saved in zip(self._own, state, strict=True):
+            tensor.data = saved.to(tensor.device, tensor.dtype)
+        self.inverse.refresh()
+
+    @property
+    def frozen(self) -> list[Tensor]:
+        """The tensors that the targets depend on and that the model may still change."""
+        own = {id(tensor) for tensor in self._own}
+        return [tensor for tensor in _tensors(self.inverse.model) if id(tensor) not in own]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
