@@ -29,6 +29,9 @@ from frfx.rules.label import check_labels
 FACTOR_MEMORY = 1 << 30
 """Default bound, in bytes, on the factors that an inverse keeps for other image sizes."""
 
+_FX_NOTE = "\n\nWhile executing"
+"""Where fx begins to add to an exception's message."""
+
 _Size = tuple[Shape, torch.dtype, torch.device]
 
 
@@ -239,7 +242,7 @@ class _Probe(fx.Interpreter):
             shapes = [tuple(self.env[s].shape) for s in n.all_input_nodes if s in self.live]
             raise InputError(
                 f"the forward pass fails at {self.traced.paths[n]!r} "
-                f"(input shapes {shapes}): {error}"
+                f"(input shapes {shapes}): {str(error).partition(_FX_NOTE)[0]}"
             ) from error
         if n in self.live and isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape[1:])

@@ -23,15 +23,16 @@ class MatrixFactor(Factor):
 
     def solve(self, residual: Tensor) -> Tensor:
         """Map residuals (..., m) to deviations (..., n)."""
-        return F.linear(residual, self.inverse)
+        return F.linear(residual.to(self.inverse.dtype), self.inverse)
 
 
 class DiagonalFactor(Factor):
-    """`inverse` broadcasts as the diagonal does."""
+    """`inverse` broadcasts as the diagonal does; in double, so that it limits no precision."""
 
     def solve(self, residual: Tensor) -> Tensor:
-        """Map residuals to deviations entry by entry."""
-        return residual * self.inverse
+        """Map residuals to deviations entry by entry, in the residual's precision."""
+        dtype = solve_dtype(residual.dtype)
+        return residual.to(dtype) * self.inverse.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -71,4 +72,4 @@ class Dense:
         kept = singular > self._cutoff(diagonal.dtype, 1) * largest
         inverse = torch.where(kept, scale / (scale.square() + self.damping * largest.square()), 0)
         spectrum = Spectrum(float(largest), float(singular.amin()), not bool(kept.all()))
-        return DiagonalFactor(inverse.to(solve_dtype(diagonal.dtype)), spectrum)
+        return DiagonalFactor(inverse, spectrum)

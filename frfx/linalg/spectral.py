@@ -24,6 +24,7 @@ class SpectralFactor(Factor):
 
     def solve(self, residual: Tensor) -> Tensor:
         """Map residuals (N, C_out, *valid) to deviations (N, C_in, *size)."""
+        residual = residual.to(self.inverse.dtype.to_real())
         dims = tuple(range(2, residual.ndim))
         margins = [
             pad

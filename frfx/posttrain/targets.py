@@ -39,6 +39,7 @@ class Targets:
         example_input: Tensor | None,
     ) -> None:
         reference = evaluation_view(model, own=trained)
+        self._trained = trained
         shared = {id(tensor) for tensor in _tensors(model)}
         self._own = [tensor for tensor in _tensors(reference) if id(tensor) not in shared]
         self.inverse = invert(
@@ -52,12 +53,13 @@ class Targets:
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return `a*` for a batch; runs outside of autocast."""
+        model = self._trained[0]
         for tensor in self._own:
-            dtype = x.dtype if tensor.is_floating_point() else tensor.dtype
-            if tensor.device != x.device or tensor.dtype != dtype:
-                tensor.data = tensor.data.to(x.device, dtype)  # the frozen rest was moved
+            dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
+            if tensor.device != model.device or tensor.dtype != dtype:
+                tensor.data = tensor.data.to(model.device, dtype)  # the model was moved
         with torch.autocast(x.device.type, enabled=False):
-            return self.inverse(x, y)
+            return self.inverse(x.to(model.dtype), y)
 
     def state(self) -> list[Tensor]:
         """Return the reference's own tensors, to be saved beside the model."""

@@ -100,14 +100,7 @@ class AffineInversion(FactoredInversion):
         """Return `x^ + A+ (y* - y^)`."""
         (x,) = inputs
         with torch.autocast(x.device.type, enabled=False):
-            factor = self.factor(x)
-            residual = target - output
-            # Half types promote to the single precision that the factor has.
-            return x + factor.solve(residual.to(_real(factor.inverse.dtype)))
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype
+            return x + self.factor(x).solve(target - output)
 
 
 @dataclass(frozen=True)

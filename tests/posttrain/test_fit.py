@@ -1,0 +1,152 @@
+"""The loop: what it changes, what it leaves, how it resumes."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import frfx
+from frfx import data, networks
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", split="train").subset(400, seed=0)
+
+
+@pytest.fixture(scope="module")
+def baseline(digits):
+    torch.manual_seed(0)
+    model = networks.build("digits")
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    loader = digits.batches(50, shuffle=True, generator=torch.Generator().manual_seed(0))
+    for _ in range(20):
+        for x, y in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture
+def model(baseline):
+    return copy.deepcopy(baseline)
+
+
+@pytest.mark.parametrize("targets", ["recompute", "cache"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_only_the_trained_layers_change(model, digits, alpha, targets):
+    before = copy.deepcopy(model.state_dict())
+    history = frfx.post_train(
+        model, digits.batches(100), upto_layer=2, freeze_upto=1, alpha=alpha, epochs=3,
+        targets=targets, val_loader=digits.batches(100),
+    )  # fmt: skip
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) != name.startswith("conv2"), name
+    assert all(p.requires_grad for p in model.parameters())
+    assert [record.epoch for record in history] == [1, 2, 3]
+    assert history[-1].loss < history[0].loss
+    assert (history[0].reconstruction is None) == (alpha == 0)
+    assert (history[0].classification is None) == (alpha == 1)
+    assert history[-1].val_accuracy == frfx.accuracy(model, digits.batches(100))
+
+
+def test_first_loss_is_that_of_the_baseline(model, digits):
+    (x, y), *_ = digits.batches(400)
+    a_star = frfx.invert(model, 1)(x, y)
+    rec = torch.nn.functional.mse_loss(model[:3](x), a_star)
+    cls = torch.nn.functional.cross_entropy(model(x), y)
+    for targets in ("recompute", "cache"):
+        (record,) = frfx.post_train(
+            copy.deepcopy(model), digits.batches(400), upto_layer=1, alpha=0.25, epochs=1,
+            targets=targets,
+        )  # fmt: skip
+        assert record.reconstruction == pytest.approx(rec.item(), rel=1e-4)
+        assert record.classification == pytest.approx(cls.item(), rel=1e-4)
+        assert record.loss == pytest.approx((0.75 * cls + 0.25 * rec).item(), rel=1e-4)
+
+
+def test_an_exception_in_the_loader_leaves_the_flags(model):
+    def loader():
+        yield torch.randn(4, 1, 8, 8), torch.arange(4)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        frfx.post_train(model, loader(), upto_layer=1, epochs=1)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_resuming_gives_what_an_uninterrupted_run_gives(model, digits, tmp_path, alpha):
+    def train(model, epochs, checkpoint=None):
+        return frfx.post_train(
+            model, digits.batches(100), upto_layer=2, alpha=alpha, epochs=epochs,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+
+    whole, first, second = (copy.deepcopy(model) for _ in range(3))
+    expected = train(whole, 4)
+    path = tmp_path / "post.ckpt"
+    train(first, 2, path)
+    history = train(second, 4, path)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value, msg=name)
+    assert [record.loss for record in history] == pytest.approx([r.loss for r in expected])
+    assert train(copy.deepcopy(model), 4, path) == history  # nothing left to do
+
+
+def test_fabric_trains_as_plain_torch_does(model, digits, tmp_path):
+    fabric_module = pytest.importorskip("lightning.fabric")
+    (x, y), *_ = digits.batches(400)
+    loader = DataLoader(TensorDataset(x, y), batch_size=100)
+    plain, fabricated = copy.deepcopy(model), copy.deepcopy(model)
+    expected = frfx.post_train(plain, loader, upto_layer=2, alpha=0.5, epochs=2)
+    fabric = fabric_module.Fabric(accelerator="cpu", devices=1)
+    path = tmp_path / "post.ckpt"
+    frfx.post_train(
+        copy.deepcopy(model), loader, upto_layer=2, alpha=0.5, epochs=1, fabric=fabric,
+        checkpoint=path,
+    )  # fmt: skip
+    history = frfx.post_train(
+        fabricated, loader, upto_layer=2, alpha=0.5, epochs=2, fabric=fabric, checkpoint=path
+    )
+    assert [record.loss for record in history] == pytest.approx([r.loss for r in expected])
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fabricated.state_dict()[name], value, msg=name)
+
+
+def test_fabric_in_bfloat16_solves_in_single(model, digits):
+    fabric_module = pytest.importorskip("lightning.fabric")
+    (x, y), *_ = digits.batches(200)
+    loader = DataLoader(TensorDataset(x, y), batch_size=100)
+    (expected,) = frfx.post_train(
+        copy.deepcopy(model), loader, upto_layer=2, alpha=1, epochs=1,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+    )  # fmt: skip
+    fabric = fabric_module.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    (record,) = frfx.post_train(
+        copy.deepcopy(model), loader, upto_layer=2, alpha=1, epochs=1, fabric=fabric,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+    )  # fmt: skip
+    assert record.reconstruction == pytest.approx(expected.reconstruction, rel=0.1)
+
+
+def test_an_exhausted_loader_is_named(model):
+    once = iter([(torch.randn(4, 1, 8, 8), torch.arange(4))])
+    with pytest.raises(frfx.TargetError, match="anew every epoch"):
+        frfx.post_train(model, once, upto_layer=1, epochs=2)
+
+
+def test_unknown_way_of_making_targets(model):
+    with pytest.raises(frfx.TargetError, match="recompute"):
+        frfx.post_train(model, [], upto_layer=1, targets="disk")
+
+
+def test_accuracy_counts_in_evaluation_mode():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.9))
+    x = torch.eye(6).view(6, 1, 2, 3).repeat(3, 1, 1, 1)
+    y = torch.arange(6).repeat(3)
+    y[0] = 5
+    assert frfx.accuracy(model, [(x[:7], y[:7]), (x[7:], y[7:])]) == 17 / 18
+    assert model.training

@@ -1,0 +1,188 @@
+"""One step of post-training against Eq. 1-3 written out."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import frfx
+from frfx import networks
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return networks.build("digits").double()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(12, 1, 8, 8, generator=generator, dtype=torch.float64)
+    return x, torch.randint(10, (12,), generator=generator)
+
+
+def feature(model, x, layer):
+    """The forward feature a_l, by the modules of the digits network themselves."""
+    names = {0: 0, 1: 3, 2: 6, 3: 7}
+    return model[: names[layer]](x)
+
+
+@pytest.mark.parametrize("policy", ["paper", "minimal"])
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_loss_is_eq_1_to_3(model, batch, layer, policy):
+    x, y = batch
+    a_star = frfx.invert(copy.deepcopy(model), layer, policy=policy)(x, y).detach()
+    rec = (feature(model, x, layer) - a_star).square().mean()
+    cls = -F.log_softmax(model(x), 1)[torch.arange(len(y)), y].mean()
+    with frfx.PostTraining(model, upto_layer=layer, alpha=0.3, policy=policy) as step:
+        losses = step(x, y)
+    torch.testing.assert_close(losses.reconstruction, rec)
+    torch.testing.assert_close(losses.classification, cls)
+    torch.testing.assert_close(losses.total, 0.7 * cls + 0.3 * rec)
+    torch.testing.assert_close(losses.output, model(x))
+
+
+def test_gradient_reaches_the_trained_layers_alone(model, batch):
+    trained = [*model.conv2.parameters()]
+    with frfx.PostTraining(model, freeze_upto=1, upto_layer=2, alpha=0.5) as step:
+        assert [id(p) for p in step.trained_parameters()] == [id(p) for p in trained]
+        step(*batch).total.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("conv2"), name
+
+
+def test_alpha_0_is_backpropagation(model, batch):
+    x, y = batch
+    with frfx.PostTraining(model, upto_layer=2, alpha=0) as step:
+        losses = step(x, y)
+        gradients = torch.autograd.grad(losses.total, step.trained_parameters())
+    assert losses.reconstruction is None
+    expected = torch.autograd.grad(
+        F.cross_entropy(model(x), y), [*model.conv1.parameters(), *model.conv2.parameters()]
+    )
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_alpha_1_does_not_run_the_tail(model, batch):
+    x, y = batch
+    a_star = frfx.invert(copy.deepcopy(model), 2)(x, y).detach()
+    with frfx.PostTraining(model, upto_layer=2, alpha=1) as step:
+        losses = step(x, y)
+        gradients = torch.autograd.grad(losses.total, step.trained_parameters())
+    assert losses.classification is None
+    assert losses.output is None
+    rec = F.mse_loss(feature(model, x, 2), a_star)
+    expected = torch.autograd.grad(rec, [*model.conv1.parameters(), *model.conv2.parameters()])
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_targets_are_those_of_the_network_before_training(model, batch):
+    x, y = batch
+    before = frfx.invert(copy.deepcopy(model), 2)(x, y)
+    with frfx.PostTraining(model, upto_layer=2, alpha=0.5) as step:
+        optimizer = torch.optim.SGD(step.trained_parameters(), lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            step(x, y).total.backward()
+            optimizer.step()
+        torch.testing.assert_close(step.targets(x, y), before)
+    assert not torch.allclose(frfx.invert(model, 2)(x, y), before)
+
+
+def test_a_changed_tail_is_noticed(model, batch):
+    x, y = batch
+    reference = copy.deepcopy(model)
+    with frfx.PostTraining(model, upto_layer=2, alpha=0.5) as step:
+        step(x, y)
+        with torch.no_grad():
+            model.fc1.weight.mul_(1.5)
+            reference.fc1.weight.mul_(1.5)
+        torch.testing.assert_close(step.targets(x, y), frfx.invert(reference, 2)(x, y))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_flags_and_modes_come_back(model, batch, fails):
+    model.train()
+    model.conv1.bias.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = {name: m.training for name, m in model.named_modules()}
+    try:
+        with frfx.PostTraining(model, freeze_upto=1, upto_layer=2) as step:
+            assert not model.fc1.weight.requires_grad
+            step(*batch)
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert {name: m.training for name, m in model.named_modules()} == modes
+
+
+def test_a_failing_start_freezes_nothing(model):
+    model.fc1 = nn.Sequential(nn.Linear(64, 10), nn.GLU())  # GLU has no rule
+    with pytest.raises(frfx.UnsupportedOpsError):
+        frfx.PostTraining(model, upto_layer=1)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "text"),
+    [
+        (2, 1, "must lie before"),
+        (1, 1, "must lie before"),
+        ("conv2", "tanh2", "no parameter to train"),
+        (0, 9, "has the layers 0"),
+    ],
+)
+def test_layers_that_cannot_be_trained(model, start, end, text):
+    with pytest.raises(frfx.LayerError, match=text):
+        frfx.PostTraining(model, freeze_upto=start, upto_layer=end)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_tied_weights_cannot_be_trained_and_frozen():
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    tied = nn.Sequential(first, nn.Tanh(), second)
+    with pytest.raises(frfx.LayerError, match=r"0\.weight.*trained and by the frozen"):
+        frfx.PostTraining(tied, upto_layer=1)
+
+
+def test_alpha_out_of_range(model):
+    with pytest.raises(frfx.FrfxError, match=r"\[0, 1\]"):
+        frfx.PostTraining(model, upto_layer=1, alpha=1.5)
+
+
+def test_batch_norm_learns_its_statistics_where_it_is_trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(),
+        nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 5),
+    ).eval()  # fmt: skip
+    x, y = 2 + torch.randn(16, 1, 8, 8), torch.randint(5, (16,))
+    statistics = model[1].running_mean.clone(), model[4].running_mean.clone()
+    expected = copy.deepcopy(model)
+    expected[1].train()
+    with frfx.PostTraining(model, upto_layer=1, alpha=0.5) as step:
+        losses = step(x, y)
+        torch.testing.assert_close(losses.output, expected(x))
+        torch.testing.assert_close(model[1].running_mean, expected[1].running_mean)
+        assert not torch.equal(model[1].running_mean, statistics[0])
+        assert torch.equal(model[4].running_mean, statistics[1])
+        step.eval()
+        again = step(x, y).output
+    torch.testing.assert_close(again, model(x))
+    assert not model[1].training
+
+
+def test_moving_the_step_moves_model_and_targets_together(model, batch):
+    x, y = batch
+    with frfx.PostTraining(model, upto_layer=2, alpha=0.5) as step:
+        expected = step(x, y).total
+        step.float()
+        assert model.conv1.weight.dtype == torch.float32
+        got = step(x.float(), y).total
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
