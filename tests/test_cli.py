@@ -1,0 +1,102 @@
+"""The commands, as a user types them."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import frfx
+from frfx import models, networks
+from frfx.cli import app
+
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "digits.safetensors"
+    models.save_weights(networks.build("digits"), path)
+    return path
+
+
+def test_layers():
+    result = run(app, ["layers", "paper:cifar10"], env={"COLUMNS": "100"})
+    assert result.exit_code == 0
+    rows = [line.split("│") for line in result.output.splitlines() if line.startswith("│")]
+    numbered = {row[1].strip(): (row[2].strip(), row[4].strip()) for row in rows if row[1].strip()}
+    assert numbered == {
+        "0": ("input", ""),
+        "1": ("pool1", "380"),
+        "2": ("pool2", "460"),
+        "3": ("flatten", "1,365"),
+        "4": ("tanh4", "30,848"),
+        "5": ("fc2", "1,290"),
+    }
+
+
+def test_layers_of_a_branching_network():
+    result = run(app, ["layers", "torchvision:resnet18"])
+    assert result.exit_code == 0
+    assert "branches between its layers" in result.output
+
+
+def test_invert_writes_what_the_library_computes(weights, tmp_path):
+    output, figure = tmp_path / "out" / "features.safetensors", tmp_path / "maps.png"
+    result = run(
+        app,
+        ["invert", "paper:digits", "--weights", str(weights), "--upto", "1", "--policy", "minimal"]
+        + ["--samples", "40", "--code", "--output", str(output), "--figure", str(figure)],
+    )
+    assert result.exit_code == 0, result.output
+    assert "label consistency" in result.output
+    assert "conv2_inverse" in result.output
+    assert figure.stat().st_size > 1000
+    images = frfx.data.load("digits", split="test").subset(40, seed=0)
+    ((x, y),) = images.batches(40)
+    model = models.load_model("paper:digits", weights)
+    saved = load_file(output)
+    torch.testing.assert_close(saved["target"], frfx.invert(model, 1, policy="minimal")(x, y))
+    torch.testing.assert_close(saved["forward"], model[:3](x))
+
+
+def test_post_train_changes_the_layers_asked_for(weights, tmp_path):
+    output = tmp_path / "trained.pt"
+    result = run(
+        app,
+        ["post-train", "paper:digits", "--weights", str(weights), "--upto", "2"]
+        + ["--freeze-upto", "1", "--epochs", "2", "--output", str(output)],
+    )
+    assert result.exit_code == 0, result.output
+    before, after = load_file(weights), torch.load(output, weights_only=True)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"conv2.weight", "conv2.bias"}
+
+
+def test_demo_runs(tmp_path):
+    result = run(app, ["demo", "--output", str(tmp_path), "--runs", "1", "--epochs", "1"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "features.png").stat().st_size > 1000
+    assert (tmp_path / "digits.safetensors").exists()
+    for text in ("policy paper", "policy minimal", "(0, 2)", "FR minimal"):
+        assert text in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["layers", "paper:mnits"], "ModelError: there is no network"),
+        (["layers", "mnist"], "expected paper:NAME"),
+        (["invert", "paper:digits", "--upto", "9"], "LayerError: layer 9"),
+        (["invert", "paper:digits", "--upto", "conv9"], "Did you mean 'conv"),
+        (["invert", "paper:digits", "--upto", "1", "--policy", "papre"], "Did you mean 'paper'"),
+        (["invert", "paper:digits", "--upto", "1", "--data", "mnist:nowhere"], "DataError"),
+        (["invert", "torchvision:resnet18", "--upto", "layer4.0"], "UnsupportedOpsError"),
+        (["demo", "--data", "mnist"], "DataError"),
+    ],
+)
+def test_mistakes_are_messages_not_tracebacks(arguments, text):
+    result = run(app, arguments, env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    assert text in result.stderr
+    assert "Traceback" not in result.output
