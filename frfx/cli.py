@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import frfx
-from frfx import data, demo, models, plot
+from frfx import data, demo, models
 
 app = typer.Typer(
     help="Run trained networks backwards.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -46,7 +46,9 @@ def layers(model: Model, weights: Weights = None) -> None:
 def invert(
     model: Model,
     upto: Upto,
-    data_set: Annotated[str, typer.Option("--data", help=f"The data set: {data.KINDS}.")] = "digits",
+    data_set: Annotated[
+        str, typer.Option("--data", help=f"The data set: {data.KINDS}.")
+    ] = "digits",
     weights: Weights = None,
     policy: PolicyName = "paper",
     samples: Annotated[int, typer.Option(min=1, help="How many test images.")] = 1000,
@@ -89,8 +91,12 @@ def invert(
 def post_train(
     model: Model,
     upto: Upto,
-    data_set: Annotated[str, typer.Option("--data", help=f"The data set: {data.KINDS}.")] = "digits",
-    freeze_upto: Annotated[str, typer.Option(help="l_S: the last frozen layer of the front.")] = "0",
+    data_set: Annotated[
+        str, typer.Option("--data", help=f"The data set: {data.KINDS}.")
+    ] = "digits",
+    freeze_upto: Annotated[
+        str, typer.Option(help="l_S: the last frozen layer of the front.")
+    ] = "0",
     weights: Weights = None,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Weight of Eq. 2 in Eq. 3.")] = 0.1,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
@@ -122,11 +128,11 @@ def post_train(
         table = Table("epoch", "loss", "L_cls", "L_rec", "accuracy", "seconds")
         table.add_row("before", "", "", "", f"{before:.4f}", "")
         for row in history:
-            terms = ("" if t is None else f"{t:.4g}" for t in (row.classification, row.reconstruction))
-            scored = "" if row.val_accuracy is None else f"{row.val_accuracy:.4f}"
-            table.add_row(
-                str(row.epoch), f"{row.loss:.4g}", *terms, scored, f"{row.seconds:.1f}"
+            terms = (
+                "" if t is None else f"{t:.4g}" for t in (row.classification, row.reconstruction)
             )
+            scored = "" if row.val_accuracy is None else f"{row.val_accuracy:.4f}"
+            table.add_row(str(row.epoch), f"{row.loss:.4g}", *terms, scored, f"{row.seconds:.1f}")
         console.print(table)
         if output is not None:
             models.save_weights(network, output)

@@ -96,6 +96,6 @@ class UnsupportedOpsError(FrfxError, NotImplementedError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 5) -> str:
-    """Return ` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string."""
+    """Return ` Did you mean 'a', 'b'?` for the known names nearest to `name`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
     return f" Did you mean {', '.join(map(repr, close))}?" if close else ""

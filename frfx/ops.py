@@ -45,7 +45,7 @@ _SPELLINGS: dict[Hashable, Spelling] = {}
 
 def define(
     name: str,
-    signature: Callable[..., Any],
+    signature: str,
     spellings: Iterable[Hashable],
     *,
     parametric: bool = False,
@@ -54,26 +54,29 @@ def define(
 
     Args:
         name: The name shown to users.
-        signature: A function whose parameters are the canonical arguments; its body never runs.
+        signature: The canonical arguments as a function would declare them. A module's attributes
+            of the same names are its arguments. Names with a leading underscore are passed over.
         spellings: Module classes, functions, method names and ATen overloads.
         parametric: Whether the op opens a layer.
     """
-    op_type = OpType(name, inspect.signature(signature), parametric)
+    op_type = OpType(name, _parse(signature), parametric)
     spell(op_type, spellings)
     return op_type
 
 
-def spell(
-    op_type: OpType, spellings: Iterable[Hashable], signature: Callable[..., Any] | None = None
-) -> None:
+def spell(op_type: OpType, spellings: Iterable[Hashable], signature: str | None = None) -> None:
     """Enter further spellings of an op type, with an argument order of their own if need be."""
-    order = op_type.signature if signature is None else inspect.signature(signature)
+    order = op_type.signature if signature is None else _parse(signature)
     for spelling in spellings:
         _SPELLINGS[spelling] = Spelling(op_type, order)
 
 
+def _parse(signature: str) -> inspect.Signature:
+    return inspect.signature(eval(f"lambda {signature}: None"))
+
+
 def lookup(spelling: Hashable) -> Spelling | None:
-    """Return the entry of a module class, function, method name or ATen overload, if there is one."""
+    """Return the entry of a module class, function, method name or ATen overload, if any."""
     return _SPELLINGS.get(spelling)
 
 
@@ -83,7 +86,7 @@ def module_classes() -> tuple[type[nn.Module], ...]:
 
 
 def functions() -> tuple[Callable[..., Any], ...]:
-    """Return every plain Python function that spells an op: the tracer keeps calls of them whole."""
+    """Return every Python function that spells an op: the tracer keeps calls of them whole."""
     return tuple(s for s in _SPELLINGS if inspect.isfunction(s))
 
 
@@ -94,7 +97,7 @@ def describe(spelling: Hashable) -> str:
     if isinstance(spelling, torch._ops.OpOverload):
         return f"torch.ops.{spelling}"
     module = getattr(spelling, "__module__", None) or "torch"
-    name = getattr(spelling, "__qualname__", None) or getattr(spelling, "__name__", repr(spelling))
+    name = str(getattr(spelling, "__qualname__", getattr(spelling, "__name__", repr(spelling))))
     if name == "boolean_dispatch.<locals>.fn":  # F.max_pool2d and its like carry no name
         found = [key for key, value in vars(nn.functional).items() if value is spelling]
         name = found[0] if found else name

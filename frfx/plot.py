@@ -60,7 +60,9 @@ def feature_maps(
             pixels = picture.permute(1, 2, 0) if picture.shape[0] == 3 else picture[0]
             _draw(axes[row][0], pixels, "input" if row == 0 else "", cmap="gray")
             column = 1
-        limit = float(torch.maximum(had[row, :shown].abs().amax(), wanted[row, :shown].abs().amax()))
+        limit = float(
+            torch.maximum(had[row, :shown].abs().amax(), wanted[row, :shown].abs().amax())
+        )
         for channel in range(shown):
             for block, (values, name, options) in enumerate(
                 (
@@ -70,7 +72,12 @@ def feature_maps(
                 )
             ):
                 title = f"{name} {channel}" if row == 0 else ""
-                _draw(axes[row][column + block * shown + channel], values[row, channel], title, **options)
+                _draw(
+                    axes[row][column + block * shown + channel],
+                    values[row, channel],
+                    title,
+                    **options,
+                )
         if captions is not None:
             axes[row][0].set_ylabel(captions[row], fontsize=7)
     return figure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -164,7 +164,7 @@ def minimal(
     )
 
 
-_NAMED = {"paper": paper, "minimal": minimal}
+_NAMED: dict[str, Callable[[], Policy]] = {"paper": paper, "minimal": minimal}
 
 
 def resolve(policy: Policy | str) -> Policy:

@@ -133,7 +133,7 @@ def _op_types(op: tuple[Hashable, ...]) -> list[OpType]:
     op_types = list(dict.fromkeys(known))
     if not op_types:
         name = ops.describe(fresh[0]).strip('"').rsplit(".", 1)[-1]
-        return [ops.define(name, lambda input, *args, **kwargs: None, fresh)]
+        return [ops.define(name, "input, *_, **__", fresh)]
     if fresh and len(op_types) > 1:
         names = " and ".join(repr(o.name) for o in op_types)
         raise RegistryError(

@@ -5,10 +5,6 @@ method's name, and the ATen overload that `torch.export` leaves. In-place spelli
 the tracer, so they do not occur here.
 """
 
-# The canonical signatures are lambdas whose parameters matter and whose bodies never run.
-# ruff: noqa: E731
-# mypy: disable-error-code="misc"
-
 from __future__ import annotations
 
 import operator
@@ -23,13 +19,14 @@ aten = torch.ops.aten
 
 linear = define(
     "linear",
-    lambda input, weight, bias=None, **_: None,
+    "input, weight, bias=None, **_",
     [nn.Linear, F.linear, aten.linear.default],
     parametric=True,
 )
 conv = define(
     "conv",
-    lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, padding_mode="zeros", **_: None,  # noqa: E501
+    "input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, "
+    "padding_mode='zeros', **_",
     [nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d]
     + [aten.conv1d.default, aten.conv2d.default, aten.conv3d.default]
     + [aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding],
@@ -37,7 +34,7 @@ conv = define(
 )
 conv_transpose = define(
     "conv_transpose",
-    lambda input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, **_: None,  # noqa: E501
+    "input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, **_",
     [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
     + [F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d]
     + [aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input],
@@ -45,39 +42,42 @@ conv_transpose = define(
 )
 batch_norm = define(
     "batch_norm",
-    lambda input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, **_: None,  # noqa: E501
+    "input, running_mean, running_var, weight=None, bias=None, training=False, "
+    "momentum=0.1, eps=1e-5, **_",
     [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, F.batch_norm],
 )
 dropout = define(
     "dropout",
-    lambda input, p=0.5, training=True, **_: None,
+    "input, p=0.5, training=True, **_",
     [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout]
     + [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout]
     + [aten.dropout.default],
 )
 identity = define(
     "identity",
-    lambda input, *_, **__: None,
+    "input, *_, **__",
     [nn.Identity, "contiguous", "clone", "detach", torch.clone, torch.detach]
     + [aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default],
 )
 
 max_pool = define(
     "max_pool",
-    lambda input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False, **_: None,  # noqa: E501
+    "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, "
+    "return_indices=False, **_",
     [nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d]
     + [torch.max_pool1d, torch.max_pool2d, torch.max_pool3d]
     + [aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default],
 )
 avg_pool = define(
     "avg_pool",
-    lambda input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None, **_: None,  # noqa: E501
+    "input, kernel_size, stride=None, padding=0, ceil_mode=False, "
+    "count_include_pad=True, divisor_override=None, **_",
     [nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d]
     + [aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default],
 )
 adaptive_avg_pool = define(
     "adaptive_avg_pool",
-    lambda input, output_size, **_: None,
+    "input, output_size, **_",
     [nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d]
     + [F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d]
     + [aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default]
@@ -85,124 +85,112 @@ adaptive_avg_pool = define(
 )
 mean = define(
     "mean",
-    lambda input, dim=None, keepdim=False, **_: None,
+    "input, dim=None, keepdim=False, **_",
     [torch.mean, "mean", aten.mean.dim],
 )
 
 reshape = define(
     "reshape",
-    lambda input, *shape, **_: None,
+    "input, *shape, **_",
     [nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze]
     + ["flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", torch.unflatten]
     + [aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten._unsafe_view.default]
     + [aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default],
 )
-permute = define(
-    "permute", lambda input, *dims, **_: None, [torch.permute, "permute", aten.permute.default]
-)
+permute = define("permute", "input, *dims, **_", [torch.permute, "permute", aten.permute.default])
 transpose = define(
     "transpose",
-    lambda input, dim0, dim1: None,
+    "input, dim0, dim1",
     [torch.transpose, torch.swapaxes, "transpose", "swapaxes", aten.transpose.int],
 )
 
 add = define(
     "add",
-    lambda input, other, alpha=1, **_: None,
+    "input, other, alpha=1, **_",
     [operator.add, torch.add, "add", aten.add.Tensor, aten.add.Scalar],
 )
 sub = define(
     "sub",
-    lambda input, other, alpha=1, **_: None,
+    "input, other, alpha=1, **_",
     [operator.sub, torch.sub, torch.subtract, "sub", aten.sub.Tensor, aten.sub.Scalar],
 )
 spell(
     sub,
     [torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor],
-    lambda other, input, alpha=1, **_: None,
+    "other, input, alpha=1, **_",
 )
 mul = define(
     "mul",
-    lambda input, other, **_: None,
+    "input, other, **_",
     [operator.mul, torch.mul, torch.multiply, "mul", aten.mul.Tensor, aten.mul.Scalar],
 )
 div = define(
     "div",
-    lambda input, other, rounding_mode=None, **_: None,
+    "input, other, rounding_mode=None, **_",
     [operator.truediv, torch.div, torch.divide, torch.true_divide, "div"]
     + [aten.div.Tensor, aten.div.Scalar],
 )
-neg = define("neg", lambda input: None, [operator.neg, torch.neg, "neg", aten.neg.default])
+neg = define("neg", "input", [operator.neg, torch.neg, "neg", aten.neg.default])
 
 argmax = define(
     "argmax",
-    lambda input, dim=None, keepdim=False, **_: None,
+    "input, dim=None, keepdim=False, **_",
     [torch.argmax, "argmax", aten.argmax.default],
 )
 softmax = define(
     "softmax",
-    lambda input, dim=None, **_: None,
+    "input, dim=None, **_",
     [nn.Softmax, nn.Softmax2d, F.softmax, torch.softmax, "softmax", aten.softmax.int]
     + [aten._softmax.default],
 )
 log_softmax = define(
     "log_softmax",
-    lambda input, dim=None, **_: None,
+    "input, dim=None, **_",
     [nn.LogSoftmax, F.log_softmax, torch.log_softmax, "log_softmax", aten.log_softmax.int]
     + [aten._log_softmax.default],
 )
 
-relu = define(
-    "relu", lambda input, **_: None, [nn.ReLU, F.relu, torch.relu, "relu", aten.relu.default]
-)
+relu = define("relu", "input, **_", [nn.ReLU, F.relu, torch.relu, "relu", aten.relu.default])
 leaky_relu = define(
     "leaky_relu",
-    lambda input, negative_slope=0.01, **_: None,
+    "input, negative_slope=0.01, **_",
     [nn.LeakyReLU, F.leaky_relu, aten.leaky_relu.default],
 )
 prelu = define(
     "prelu",
-    lambda input, weight: None,
+    "input, weight",
     [nn.PReLU, F.prelu, torch.prelu, "prelu", aten.prelu.default],
 )
-elu = define("elu", lambda input, alpha=1.0, **_: None, [nn.ELU, F.elu, aten.elu.default])
-selu = define("selu", lambda input, **_: None, [nn.SELU, F.selu, torch.selu, aten.selu.default])
-celu = define(
-    "celu", lambda input, alpha=1.0, **_: None, [nn.CELU, F.celu, torch.celu, aten.celu.default]
-)
+elu = define("elu", "input, alpha=1.0, **_", [nn.ELU, F.elu, aten.elu.default])
+selu = define("selu", "input, **_", [nn.SELU, F.selu, torch.selu, aten.selu.default])
+celu = define("celu", "input, alpha=1.0, **_", [nn.CELU, F.celu, torch.celu, aten.celu.default])
 softplus = define(
     "softplus",
-    lambda input, beta=1.0, threshold=20.0: None,
+    "input, beta=1.0, threshold=20.0",
     [nn.Softplus, F.softplus, aten.softplus.default],
 )
-softsign = define("softsign", lambda input: None, [nn.Softsign, F.softsign])
-logsigmoid = define(
-    "logsigmoid", lambda input: None, [nn.LogSigmoid, F.logsigmoid, aten.log_sigmoid.default]
-)
+softsign = define("softsign", "input", [nn.Softsign, F.softsign])
+logsigmoid = define("logsigmoid", "input", [nn.LogSigmoid, F.logsigmoid, aten.log_sigmoid.default])
 hardtanh = define(
     "hardtanh",
-    lambda input, min_val=-1.0, max_val=1.0, **_: None,
+    "input, min_val=-1.0, max_val=1.0, **_",
     [nn.Hardtanh, F.hardtanh, aten.hardtanh.default],
 )
-relu6 = define("relu6", lambda input, **_: None, [nn.ReLU6, F.relu6, aten.relu6.default])
+relu6 = define("relu6", "input, **_", [nn.ReLU6, F.relu6, aten.relu6.default])
 hardsigmoid = define(
     "hardsigmoid",
-    lambda input, **_: None,
+    "input, **_",
     [nn.Hardsigmoid, F.hardsigmoid, aten.hardsigmoid.default],
 )
 sigmoid = define(
     "sigmoid",
-    lambda input, **_: None,
+    "input, **_",
     [nn.Sigmoid, F.sigmoid, torch.sigmoid, torch.special.expit, "sigmoid", aten.sigmoid.default],
 )
-silu = define("silu", lambda input, **_: None, [nn.SiLU, F.silu, aten.silu.default])
-gelu = define(
-    "gelu", lambda input, approximate="none", **_: None, [nn.GELU, F.gelu, aten.gelu.default]
-)
-mish = define("mish", lambda input, **_: None, [nn.Mish, F.mish, aten.mish.default])
-hardswish = define(
-    "hardswish", lambda input, **_: None, [nn.Hardswish, F.hardswish, aten.hardswish.default]
-)
+silu = define("silu", "input, **_", [nn.SiLU, F.silu, aten.silu.default])
+gelu = define("gelu", "input, approximate='none', **_", [nn.GELU, F.gelu, aten.gelu.default])
+mish = define("mish", "input, **_", [nn.Mish, F.mish, aten.mish.default])
+hardswish = define("hardswish", "input, **_", [nn.Hardswish, F.hardswish, aten.hardswish.default])
 
 
 def _unary(name: str, *aliases: str, module: type[nn.Module] | None = None) -> OpType:
@@ -212,7 +200,7 @@ def _unary(name: str, *aliases: str, module: type[nn.Module] | None = None) -> O
         spellings += [getattr(torch, alias), alias]
         if hasattr(F, alias):
             spellings.append(getattr(F, alias))
-    return define(name, lambda input, **_: None, [*spellings, getattr(aten, name).default])
+    return define(name, "input, **_", [*spellings, getattr(aten, name).default])
 
 
 tanh = _unary("tanh", module=nn.Tanh)

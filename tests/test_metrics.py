@@ -69,7 +69,9 @@ def test_batches_together_are_the_whole(model, batch):
     x, y = batch
     inverse = frfx.invert(model, 1)
     whole = frfx.measure(inverse, x, y)
-    parts = frfx.Measurement.cat([frfx.measure(inverse, x[:7], y[:7]), frfx.measure(inverse, x[7:], y[7:])])
+    parts = frfx.Measurement.cat(
+        [frfx.measure(inverse, x[:7], y[:7]), frfx.measure(inverse, x[7:], y[7:])]
+    )
     torch.testing.assert_close(parts.deviation, whole.deviation)
     assert torch.equal(parts.consistent, whole.consistent)
     for a, b in zip(parts.residuals, whole.residuals, strict=True):

@@ -57,5 +57,5 @@ def test_weights_that_do_not_fit(tmp_path):
 
 def test_pickled_code_is_not_run(tmp_path):
     torch.save({"a": networks.build("digits")}, tmp_path / "model.pt")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         models.load_model("paper:digits", tmp_path / "model.pt")

@@ -10,7 +10,9 @@ from frfx import plot
 def test_maps_hold_the_values(tmp_path):
     forward, target = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     figure = plot.feature_maps(forward, target, images=torch.rand(2, 1, 8, 8), channels=2)
-    drawn = {axis.get_title(): axis.images[0].get_array() for axis in figure.axes if axis.get_title()}
+    drawn = {
+        axis.get_title(): axis.images[0].get_array() for axis in figure.axes if axis.get_title()
+    }
     assert set(drawn) == {
         "input", "forward 0", "forward 1", "reconstructed 0", "reconstructed 1",
         "|difference| 0", "|difference| 1",

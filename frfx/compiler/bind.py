@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
@@ -48,7 +48,7 @@ def _is_shape_query(node: fx.Node) -> bool:
 def spelling(node: fx.Node, root: nn.Module) -> Hashable:
     """Return what the vocabulary knows the node's operation by."""
     if node.op == "call_module":
-        return type(root.get_submodule(node.target))
+        return cast(Hashable, type(root.get_submodule(str(node.target))))
     return node.target
 
 
@@ -64,7 +64,7 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
     """Describe a node to rules and plans, its arguments by their canonical names."""
     key = spelling(node, traced.root)
     entry = ops.lookup(key)
-    module = traced.root.get_submodule(node.target) if node.op == "call_module" else None
+    module = traced.root.get_submodule(str(node.target)) if node.op == "call_module" else None
     values = _arguments(node, entry, module)
     inputs: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -74,8 +74,8 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
         if isinstance(value, fx.Node) and value in live:
             inputs[name] = value.name
         elif isinstance(value, fx.Node) and value.op == "get_attr":
-            tensor_of[name] = functools.partial(_read, traced.root, value.target)
-        elif isinstance(value, Tensor):
+            tensor_of[name] = functools.partial(_read, traced.root, str(value.target))
+        elif isinstance(value, Tensor) and module is not None:
             tensor_of[name] = functools.partial(_read, module, name)
         elif isinstance(value, fx.Node):
             computed.append(name)

@@ -100,8 +100,7 @@ class Summary(Sequence[SummaryRow]):
         """Return the table as text, the heading first."""
         heading = ["node", "op", "rule", "solver", "shapes", "condition"]
         rows = [
-            [r.node, r.op, r.rule, r.solver, r.shapes or "at the first call"]
-            + ["" if r.condition is None else f"{r.condition:.3g}"]
+            [r.node, r.op, r.rule, r.solver, r.shapes or "at the first call", _show(r.condition)]
             for r in self
         ]
         return [heading, *rows]
@@ -118,6 +117,10 @@ class Summary(Sequence[SummaryRow]):
     __repr__ = __str__
 
 
+def _show(condition: float | None) -> str:
+    return "" if condition is None else f"{condition:.3g}"
+
+
 class Inverse(fx.GraphModule):
     """A network run backwards: from a target to the feature that a layer should have produced.
 
@@ -131,7 +134,12 @@ class Inverse(fx.GraphModule):
     Attributes:
         model: The network, as a view that shares the model's parameters.
         inverse: The inversions, one a node.
+        prepare: The first node: checks the arguments and readies the factors.
     """
+
+    model: nn.Module
+    inverse: nn.Module
+    prepare: Preparation
 
     def __init__(
         self, traced: Traced, plan: Plan, emitted: Emitted, recipe: Callable[[nn.Module], Inverse]
@@ -221,7 +229,7 @@ class Inverse(fx.GraphModule):
 
     def summary(self) -> Summary:
         """Return what is inverted, by which rule and solver, with shapes and condition numbers."""
-        shapes = next(reversed(self.prepare.shapes.values()), {})
+        shapes = next(reversed(self.prepare.shapes.values()), None)
         rows = []
         for stage in self._stages:
             step = stage.step
@@ -239,7 +247,7 @@ class Inverse(fx.GraphModule):
                     step.op.path,
                     step.op.type.name if step.op.type else "",
                     str(step.rule),
-                    inversion.solver,
+                    str(inversion.solver),
                     known,
                     None if spectrum is None else spectrum.condition,
                 )

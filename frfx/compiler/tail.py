@@ -94,12 +94,13 @@ class Network:
     """The data flow of a traced model: activations as nodes, their use as edges."""
 
     def __init__(self, traced: Traced) -> None:
-        if traced.output is None:
+        output = traced.output
+        if output is None:
             raise LayerError(
                 "the model returns more than one tensor; wrap it in a module that returns the one "
                 "to start from"
             )
-        self.traced = traced
+        self.traced, self.output = traced, output
         self.live = live_nodes(traced.graph)
         self.flow: nx.DiGraph = nx.DiGraph()
         self.flow.add_node(traced.input)
@@ -107,23 +108,21 @@ class Network:
             if node in self.live:
                 self.flow.add_node(node)
                 self.flow.add_edges_from((s, node) for s in node.all_input_nodes if s in self.live)
-        if traced.output not in self.live or not nx.has_path(
-            self.flow, traced.input, traced.output
-        ):
+        if output not in self.live or not nx.has_path(self.flow, traced.input, output):
             raise LayerError("the model's output does not depend on its input")
 
     def dominators(self, start: fx.Node) -> list[fx.Node]:
         """Return the nodes on every path from `start` to the output, in forward order."""
         idom = nx.immediate_dominators(self.flow, start)
         idom.pop(start, None)
-        chain = [self.traced.output]
+        chain = [self.output]
         while chain[-1] is not start:
             chain.append(idom[chain[-1]])
         return chain[::-1]
 
     def parametric(self) -> list[fx.Node]:
         """Return the convolution and linear nodes on the way to the output, in forward order."""
-        useful = nx.ancestors(self.flow, self.traced.output) | {self.traced.output}
+        useful = nx.ancestors(self.flow, self.output) | {self.output}
         return [n for n in self.traced.graph.nodes if n in useful and self._is_parametric(n)]
 
     def _is_parametric(self, node: fx.Node) -> bool:
@@ -141,8 +140,8 @@ class Network:
 
     def logits(self) -> fx.Node:
         """Return the output, or what a trailing softmax, log-softmax or argmax reads."""
-        node = self.traced.output
-        while op_type(node, self.traced.root) in vocabulary.HEADS:
+        node = self.output
+        while (kind := op_type(node, self.traced.root)) and kind in vocabulary.HEADS:
             (node,) = self.flow.predecessors(node)
         return node
 
@@ -151,7 +150,7 @@ class Network:
         numbered = self.layer_nodes()
         index = {node: i for i, node in enumerate(numbered or ())}
         sizes = dict(zip(numbered or (), self._parameter_counts(numbered or ()), strict=True))
-        useful = nx.ancestors(self.flow, self.traced.output) | {self.traced.output}
+        useful = nx.ancestors(self.flow, self.output) | {self.output}
         rows = []
         for node in self.traced.graph.nodes:
             if node not in useful:
@@ -196,7 +195,9 @@ class Network:
         numbered = self.layer_nodes()
         if isinstance(layer, int) and not isinstance(layer, bool):
             if numbered is None:
-                names = ", ".join(repr(row.name) for row in self.layers() if row.op != "placeholder")
+                names = ", ".join(
+                    repr(row.name) for row in self.layers() if row.op != "placeholder"
+                )
                 raise LayerError(
                     f"layer {layer}: this network branches between its layers, so they have no "
                     f"numbers. Use a name: {names}"
@@ -209,8 +210,10 @@ class Network:
             return numbered[layer]
         if not isinstance(layer, str):
             raise LayerError(f"a layer is an int or a name, not {layer!r}")
-        useful = nx.ancestors(self.flow, self.traced.output) | {self.traced.output}
-        named = {self.traced.paths[node]: node for node in self.traced.graph.nodes if node in useful}
+        useful = nx.ancestors(self.flow, self.output) | {self.output}
+        named = {
+            self.traced.paths[node]: node for node in self.traced.graph.nodes if node in useful
+        }
         if layer in named:
             return named[layer]
         inside = [node for name, node in named.items() if name.startswith(f"{layer}.")]
@@ -223,7 +226,7 @@ class Network:
 
     def tail(self, cut: fx.Node) -> Tail:
         """Return what lies between a node and the output."""
-        output = self.traced.output
+        output = self.output
         after = nx.descendants(self.flow, cut)
         if cut in self.heads:
             raise LayerError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
+from torch.export.graph_signature import OutputKind
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from frfx import ops
-from frfx.compiler.view import writes_in_place
-from frfx.errors import InputError, TraceError
+from frfx.compiler.view import redirect, scratch_view, writes_in_place
+from frfx.errors import InputError, TraceError, TraceMismatchError
 
 aten = torch.ops.aten
 
@@ -31,12 +35,14 @@ class Traced:
         root: An evaluation view of the model.
         paths: fx node to its name as torchvision's feature extraction spells it.
         front_end: ``"torch.fx"`` or ``"torch.export"``.
+        batch: The only batch size that the graph fits; None for all.
     """
 
     graph: fx.Graph
     root: nn.Module
     paths: dict[fx.Node, str]
     front_end: str
+    batch: int | None = None
 
     @property
     def input(self) -> fx.Node:
@@ -55,36 +61,79 @@ def trace(view: nn.Module, example_input: Tensor | None = None) -> Traced:
 
     Args:
         view: What `evaluation_view` returned.
-        example_input: A batch, needed only where symbolic tracing fails.
+        example_input: A batch, needed only where symbolic tracing fails or is wrong.
 
     Raises:
         TraceError: If neither front end can follow the model; says why for each.
     """
+    _input_name(view)
     try:
-        graph, front_end = _symbolic(view), "torch.fx"
+        graph = _symbolic(view)
     except Exception as error:  # a model's forward may raise anything when it meets a proxy
         if example_input is None:
             raise TraceError(
                 f"torch.fx cannot trace {type(view).__name__}: {_first_line(error)}\n"
                 "Give example_input, a batch of the model's input, and torch.export will be used."
             ) from error
-        graph, front_end = _exported(view, example_input, error), "torch.export"
+        return _export(view, example_input, error)
+    traced = _finish(graph, view, "torch.fx")
+    if example_input is None or _fits(traced, example_input):
+        return traced
+    return _export(
+        view, example_input, TraceMismatchError("its graph does not compute what the model does")
+    )
+
+
+def _finish(
+    graph: fx.Graph, view: nn.Module, front_end: str, batch: int | None = None
+) -> Traced:
     _functionalize(graph, view)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     graph.lint()
-    return Traced(graph, view, _qualified_names(graph), front_end)
+    return Traced(graph, view, _qualified_names(graph), front_end, batch)
+
+
+def _fits(traced: Traced, x: Tensor) -> bool:
+    """Tell whether the graph computes what the model does, if the model takes the batch at all."""
+    if traced.output is None:
+        return True
+    try:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            output = fx.Interpreter(traced.root, graph=traced.graph).run(x)
+            return is_output(output, traced, x)
+    except Exception:  # the caller runs the batch, too, and says what is wrong with it
+        return True
+
+
+def is_output(output: Tensor, traced: Traced, x: Tensor) -> bool:
+    """Tell whether a value is what the model itself gives for a batch, to rounding."""
+    expected = scratch_view(traced.root, inplace=True)(x.clone())
+    if not isinstance(expected, Tensor) or expected.shape != output.shape:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(output, expected)
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * len(traced.graph.nodes) ** 0.5
+    difference = (output.double() - expected.double()).norm()
+    return bool(difference <= tolerance * expected.double().norm())
 
 
 class _Tracer(fx.Tracer):
-    """Keeps modules that spell an op whole, and leaves optional arguments at their defaults."""
+    """Keeps modules and functions that spell an op whole; leaves optional arguments at defaults."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=ops.functions())
+        functions = ops.functions()
+        super().__init__(autowrap_functions=functions)
+        # A function is replaced where it is called by name: in the module that calls it, which fx
+        # sees to, and as an attribute of the one that defines it.
+        homes = {f.__module__ for f in functions if not f.__module__.startswith("torch.")}
+        self._autowrap_search += [sys.modules[home] for home in homes if home in sys.modules]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in ops.module_classes() or super().is_leaf_module(m, module_qualified_name)
+        if type(m) in ops.module_classes():
+            return True
+        return not is_parametrized(m) and super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
@@ -101,34 +150,67 @@ class _Tracer(fx.Tracer):
 def _input_name(model: nn.Module) -> str:
     """Return the name of the model's one required argument."""
     kinds = inspect.Parameter
-    positional = [
+    named = [
         p
         for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+        if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
     ]
-    if not positional:
-        return "input"
-    if len(positional) > 1 and positional[1].default is kinds.empty:
+    required = [p.name for p in named if p.default is kinds.empty]
+    if len(required) > 1:
         raise TraceError(
-            f"{type(model).__name__}.forward needs {[p.name for p in positional]}; "
-            "only models of one input tensor can be inverted: wrap the model in one that fixes "
-            "the other arguments"
+            f"{type(model).__name__}.forward needs {', '.join(required)}; only models of one input "
+            "tensor can be inverted: wrap the model in one that fixes the other arguments"
         )
-    return positional[0].name
+    return named[0].name if named else "input"
 
 
 def _symbolic(view: nn.Module) -> fx.Graph:
-    return _Tracer().trace(view)
+    scratch = scratch_view(view)
+    kept = [f for f in ops.functions() if not f.__module__.startswith("torch.")]
+    redirect(scratch, {id(function): _recording(function) for function in kept})
+    graph = _Tracer().trace(scratch)
+    _keep_constants(graph, scratch, view)
+    return graph
 
 
-def _exported(view: nn.Module, example: Tensor, symbolic_error: Exception) -> fx.Graph:
+def _recording(function: Callable) -> Callable:
+    """Return a function for attributes to hold: where it meets a proxy, it is kept whole."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, fx.Proxy):
+                return value.tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _keep_constants(graph: fx.Graph, scratch: nn.Module, view: nn.Module) -> None:
+    """Give the view the tensors that the forward made itself, in a module of their own."""
+    constants = nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr" and not _has(view, node.target):
+            name = node.target.replace(".", "_")
+            value = operator.attrgetter(node.target)(scratch)
+            constants.register_buffer(name, value, persistent=False)
+            node.target = f"{_CONSTANTS}.{name}"
+    if constants._buffers:
+        view.add_module(_CONSTANTS, constants)
+
+
+_CONSTANTS = "_frfx_constants"
+
+
+def _export(view: nn.Module, example: Tensor, symbolic_error: Exception) -> Traced:
     """Trace with `torch.export`, and rewrite its lifted parameters as attributes of the view."""
+    scratch = scratch_view(view)
     if example.shape[0] == 1:
         example = example.expand(2, *example.shape[1:])  # export takes a size of 1 for a constant
     sizes = {dim: Dim.AUTO for dim in range(example.ndim) if dim != 1}
     try:
         program = torch.export.export(
-            view, (example,), dynamic_shapes=(sizes,), strict=False
+            scratch, (example,), dynamic_shapes=(sizes,), strict=False
         ).run_decompositions({})
     except Exception as error:  # export, too, fails in many ways
         raise TraceError(
@@ -143,8 +225,9 @@ def _exported(view: nn.Module, example: Tensor, symbolic_error: Exception) -> fx
         **signature.inputs_to_lifted_tensor_constants,
     }
     for name, value in program.constants.items():
-        if name in lifted.values() and not _has(view, name):
-            view.register_buffer(name, value, persistent=False)
+        if name in lifted.values() and not _has(scratch, name):
+            scratch.register_buffer(name, value, persistent=False)
+    batch = None
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name in lifted:
             with graph.inserting_before(node):
@@ -152,11 +235,18 @@ def _exported(view: nn.Module, example: Tensor, symbolic_error: Exception) -> fx
             attribute.meta.update(node.meta)
             node.replace_all_uses_with(attribute)
             graph.erase_node(node)
+        elif node.op == "placeholder":
+            size = node.meta["val"].shape[0]
+            batch = size if isinstance(size, int) else None
         elif node.target is aten._native_batch_norm_legit_no_training.default:
             _restore_batch_norm(graph, node)
-        elif node.op == "output" and len(node.args[0]) == 1:
-            node.args = tuple(node.args[0])
-    return graph
+        elif node.op == "output":  # what the forward writes to buffers is an output, too
+            kinds = [spec.kind for spec in signature.output_specs]
+            pairs = zip(node.args[0], kinds, strict=True)
+            outputs = tuple(value for value, kind in pairs if kind is OutputKind.USER_OUTPUT)
+            node.args = outputs if len(outputs) == 1 else (outputs,)
+    _keep_constants(graph, scratch, view)
+    return _finish(graph, view, "torch.export", batch)
 
 
 def _restore_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
@@ -211,7 +301,16 @@ def _functionalize(graph: fx.Graph, view: nn.Module) -> None:
                 node.target, written = twin, True
         if written and node.args and isinstance(node.args[0], fx.Node):
             later = {n for n in graph.nodes if n > node}
-            node.args[0].replace_all_uses_with(node, delete_user_cb=lambda n, later=later: n in later)
+            node.args[0].replace_all_uses_with(
+                node, delete_user_cb=lambda n, later=later: n in later
+            )
+
+
+def _redirect_later_uses(overwritten: fx.Node, node: fx.Node) -> None:
+    def is_later(user: fx.Node) -> bool:
+        return user > node
+
+    overwritten.replace_all_uses_with(node, delete_user_cb=is_later)
 
 
 def _qualified_names(graph: fx.Graph) -> dict[fx.Node, str]:
@@ -250,6 +349,8 @@ def check_batch(x: Any) -> None:
     """Raise `InputError` for what cannot be a batch of inputs."""
     if not isinstance(x, Tensor):
         raise InputError(f"expected a tensor as the input batch, got {type(x).__name__}")
+    if x.is_meta:
+        raise InputError("the input batch is on the meta device and holds no values")
     if not x.is_floating_point():
         raise InputError(f"the input batch has dtype {x.dtype}; give a floating-point tensor")
     if x.ndim == 0 or x.shape[0] == 0:

@@ -7,15 +7,17 @@ it: a weight that is changed, or replaced, is the new one here too.
 
 from __future__ import annotations
 
+import copy
+import functools
 import types
-from collections.abc import Collection
+from collections import OrderedDict, deque
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from frfx.errors import ModelError
-
 
 _INPLACE = "_frfx_inplace"
 """Marks modules of a view that write in place in the model."""
@@ -32,11 +34,24 @@ def evaluation_view(
         inplace: Whether modules write in place where the model's do. Otherwise they do not: an
             inverse needs the values that would be overwritten.
     """
-    view = _view(model, {id(tensor): tensor for tensor in own}, {}, {})
+    views: dict[int, nn.Module] = {}
+    made: dict[int, Tensor] = {}
+    view = _view(model, {id(tensor): tensor for tensor in own}, views, made)
+    redirect(view, {**views, **made})
     for module in view.modules():
         if inplace and writes_in_place(module):
-            module.inplace = True
+            module.__dict__["inplace"] = True
     return view
+
+
+def scratch_view(view: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Return a view with tensors of its own, for running or tracing the model's own `forward`.
+
+    Whatever that writes to attributes, containers, buffers or parameters is lost with the view.
+    """
+    scratch = evaluation_view(view, inplace=inplace)
+    unlink(scratch)
+    return scratch
 
 
 def writes_in_place(module: nn.Module) -> bool:
@@ -69,37 +84,60 @@ def _view(
         state["inplace"] = False
         state[_INPLACE] = True
     view.__dict__.update(state)
-    for name, value in module.__dict__.items():
-        if not name.startswith("_") or name not in _MODULE_STATE:
-            view.__dict__[name] = _detach(view.__dict__[name], modules)
     return view
 
 
 _MODULE_STATE = frozenset(nn.Module().__dict__)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
-def _detach(value: Any, modules: dict[int, nn.Module]) -> Any:
-    """Redirect references to modules into the view, and copy containers a forward may write to."""
-    if isinstance(value, nn.Module):
-        return modules.get(id(value), value)
-    if isinstance(value, types.MethodType) and id(value.__self__) in modules:
-        return types.MethodType(value.__func__, modules[id(value.__self__)])
-    if type(value) is list:
-        return [_detach(item, modules) for item in value]
-    if type(value) is dict:
-        return {key: _detach(item, modules) for key, item in value.items()}
-    if type(value) is set:
-        return set(value)
-    return value
+def redirect(view: nn.Module, stand_ins: Mapping[int, Any]) -> None:
+    """Let the attributes and hooks of a view refer to other objects.
+
+    Args:
+        view: A view. Containers that a forward may write to become copies.
+        stand_ins: By the id of an object, what stands in for it.
+    """
+    for module in view.modules():
+        state = module.__dict__
+        for name in state.keys() - _MODULE_STATE:
+            state[name] = _redirected(state[name], stand_ins)
+        for name in _HOOKS:
+            hooks = {key: _redirected(hook, stand_ins) for key, hook in state[name].items()}
+            if any(hook is not state[name][key] for key, hook in hooks.items()):
+                state[name] = OrderedDict(hooks)  # else shared, so that a removal is noticed
+
+
+def _redirected(value: Any, stand_ins: Mapping[int, Any]) -> Any:
+    if id(value) in stand_ins:
+        return stand_ins[id(value)]
+    if isinstance(value, types.MethodType) and id(value.__self__) in stand_ins:
+        return types.MethodType(value.__func__, stand_ins[id(value.__self__)])
+    if isinstance(value, functools.partial):
+        function, *args = (_redirected(item, stand_ins) for item in (value.func, *value.args))
+        return functools.partial(function, *args, **_redirected(value.keywords, stand_ins))
+    if type(value) is tuple:
+        return tuple(_redirected(item, stand_ins) for item in value)
+    if isinstance(value, (list, deque)):
+        twin = copy.copy(value)
+        for i, item in enumerate(value):
+            twin[i] = _redirected(item, stand_ins)
+        return twin
+    if isinstance(value, dict):
+        twin = copy.copy(value)
+        for key, item in value.items():
+            twin[key] = _redirected(item, stand_ins)
+        return twin
+    return copy.copy(value) if isinstance(value, set) else value
 
 
 def _copy(tensor: Tensor, made: dict[int, Tensor]) -> Tensor:
     """Return an independent copy of a parameter or buffer; the same one for the same tensor."""
     if id(tensor) not in made:
-        copy = tensor.detach().clone()
+        twin = tensor.detach().clone()
         if isinstance(tensor, nn.Parameter):
-            copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
-        made[id(tensor)] = copy
+            twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+        made[id(tensor)] = twin
     return made[id(tensor)]
 
 
@@ -112,6 +150,10 @@ def unlink(view: nn.Module) -> None:
                 name: None if tensor is None else _copy(tensor, made)
                 for name, tensor in module.__dict__[kind].items()
             }
+        for name, value in module.__dict__.items():
+            if isinstance(value, Tensor):
+                module.__dict__[name] = _copy(value, made)
+    redirect(view, made)
 
 
 def check_model(model: nn.Module) -> None:
@@ -120,6 +162,8 @@ def check_model(model: nn.Module) -> None:
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a scripted model has no Python to trace; give the module it came from")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError("a compiled model cannot be traced; give the module it came from")
     tensors = [*model.named_parameters(), *model.named_buffers()]
     lazy = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]
     if lazy:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _GRAM_FLOOR = 1e-7
-"""Singular values below this share of the largest drown in the rounding of a float64 Gram matrix."""
+"""Singular values below this share of the largest drown in a float64 Gram matrix's rounding."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def solve_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def default_rcond(dtype: torch.dtype, size: int) -> float:
-    """Return NumPy's cutoff for singular values, in the precision that the weights are solved in."""
+    """Return NumPy's cutoff for singular values, in the precision that is solved in."""
     return torch.finfo(solve_dtype(dtype)).eps * size
 
 

@@ -23,9 +23,7 @@ class Losses(NamedTuple):
     output: Tensor | None
 
 
-def combine(
-    alpha: float, classification: Tensor | None, reconstruction: Tensor | None
-) -> Tensor:
+def combine(alpha: float, classification: Tensor | None, reconstruction: Tensor | None) -> Tensor:
     """Return Eq. 3 of the terms that are there."""
     if reconstruction is None:
         assert classification is not None

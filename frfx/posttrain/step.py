@@ -84,7 +84,7 @@ class PostTraining(nn.Module):
             module
             for node in trained_nodes
             if node.op == "call_module"
-            for module in traced.root.get_submodule(node.target).modules()
+            for module in traced.root.get_submodule(str(node.target)).modules()
         ]
         logits = network.logits()
         self.to_feature = forward_module(traced, (end,))

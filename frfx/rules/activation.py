@@ -123,7 +123,9 @@ def _enter(
 ) -> None:
     spellings = op if isinstance(op, tuple) else (op,)
     limits = range if callable(range) else functools.partial(_constant_range, ends=range)
-    name = op.name if isinstance(op, OpType) else getattr(spellings[0], "__name__", str(spellings[0]))
+    name = (
+        op.name if isinstance(op, OpType) else getattr(spellings[0], "__name__", str(spellings[0]))
+    )
     function = Elementwise(name, nearest, limits, attained)
     factory = functools.partial(ElementwiseRule, function)
     register_rule(*spellings, principle=principle, overwrite=overwrite)(factory)
@@ -163,8 +165,9 @@ def register_elementwise(
         raise RegistryError("give either `inverse`, a function of the target, or `nearest`")
     if not range[0] < range[1]:
         raise RegistryError(f"the range {range} is empty")
-    if nearest is None:
+    if inverse is not None:
         nearest = functools.partial(_ignoring_input, inverse=inverse)
+    assert nearest is not None
     spellings = op if isinstance(op, tuple) else (op,)
     _enter(spellings, nearest, range, attained=attained, overwrite=overwrite)
 
@@ -183,7 +186,6 @@ _bijection(vocabulary.sigmoid, torch.logit, (0, 1))
 _bijection(vocabulary.atan, torch.tan, (-math.pi / 2, math.pi / 2))
 _bijection(vocabulary.softsign, preimage.softsign, (-1, 1))
 _bijection(vocabulary.logsigmoid, preimage.logsigmoid, (-math.inf, 0))
-_bijection(vocabulary.softplus, preimage.softplus, (0, math.inf))
 _bijection(vocabulary.elu, preimage.elu, preimage.elu_range)
 _bijection(vocabulary.selu, preimage.selu, preimage.selu_range)
 _bijection(vocabulary.celu, preimage.celu, preimage.elu_range)
@@ -195,6 +197,7 @@ _enter(vocabulary.hardtanh, preimage.identity, preimage.hardtanh_range, attained
 _enter(vocabulary.hardsigmoid, preimage.hardsigmoid, (0, 1), attained=True)
 
 # Several preimages.
+_enter(vocabulary.softplus, preimage.softplus, (0, math.inf))
 _enter(vocabulary.leaky_relu, preimage.leaky_relu)
 _enter(vocabulary.sin, preimage.sin, (-1, 1), attained=True, principle="minimal")
 _enter(vocabulary.silu, preimage.silu, (preimage.SILU.minimum, math.inf), attained=True)
@@ -249,7 +252,9 @@ class PReluInversion(FactoredInversion):
     def factorize(self, key: Shape) -> preimage.Slope:
         slope = self.op.tensor("weight")
         assert slope is not None  # `supports` has seen to it
-        return preimage.Slope(slope if slope.numel() == 1 else slope.reshape(-1, *[1] * (key[0] - 1)))
+        return preimage.Slope(
+            slope if slope.numel() == 1 else slope.reshape(-1, *[1] * (key[0] - 1))
+        )
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         (x,) = inputs

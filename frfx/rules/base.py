@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,14 @@ class Inversion(nn.Module, abc.ABC):
         """
 
 
+class Prepared(Protocol):
+    """What a factored inversion makes once: a solver's factor, or anything that knows its size."""
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it holds, in bytes."""
+
+
 class FactoredInversion(Inversion):
     """An inversion that computes with something made from the model's weights.
 
@@ -51,7 +59,7 @@ class FactoredInversion(Inversion):
     def __init__(self, op: Op) -> None:
         super().__init__()
         self.op = op
-        self.factors: dict[Shape, Factor] = {}
+        self.factors: dict[Shape, Any] = {}
 
     def key(self, input_shape: Shape) -> Shape:
         """Return what of the input's shape (without the batch) the factor depends on."""
@@ -59,10 +67,10 @@ class FactoredInversion(Inversion):
         return ()
 
     @abc.abstractmethod
-    def factorize(self, key: Shape) -> Factor:
+    def factorize(self, key: Shape) -> Prepared:
         """Make the factor for one key from the weights as they are now."""
 
-    def factor(self, input: Tensor) -> Factor:
+    def factor(self, input: Tensor) -> Any:
         """Return the factor for this input."""
         return self.factors[self.key(tuple(input.shape[1:]))]
 

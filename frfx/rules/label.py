@@ -128,6 +128,7 @@ def check_range(labels: Tensor, classes: int) -> None:
     """Raise `TargetError` for labels outside [0, classes)."""
     if labels.numel() == 0:
         return
+    labels = labels.long()  # torch has no aminmax of the wider unsigned types
     low, high = labels.aminmax()
     if low < 0 or high >= classes:
         wrong = int(low) if low < 0 else int(high)
@@ -221,7 +222,8 @@ class SoftmaxInversion(Inversion):
     Args:
         dim: The dimension of the classes.
         log: Whether the op is log-softmax.
-        margin: Probabilities below `margin / K` count as that.
+        margin: Targets below `margin / K` count as that, and stay where the probability is so
+            small already.
     """
 
     def __init__(self, dim: int, log: bool, margin: float) -> None:
@@ -236,7 +238,9 @@ class SoftmaxInversion(Inversion):
             shift = target - output
         else:
             floor = self.margin / x.shape[self.dim]
-            shift = target.clamp(min=floor).log() - output.to(target.dtype).clamp(min=floor).log()
+            wanted, had = target.clamp(min=floor), output.to(target.dtype).clamp(min=floor)
+            logs = torch.log_softmax(x.to(target.dtype), self.dim)
+            shift = torch.where(wanted == had, 0, wanted.log() - logs)
         return x + shift - shift.mean(self.dim, keepdim=True)
 
 
@@ -247,7 +251,8 @@ class SoftmaxRule(Rule):
     """The nearest of the preimages `log p* + c`: `z^ + e - mean(e)` with `e = log p* - log p^`.
 
     Attributes:
-        clamp_margin: Target probabilities are kept above `clamp_margin / K`.
+        clamp_margin: Target probabilities below `clamp_margin / K` are raised to it, unless the
+            forward probability is below it, too: then it stays.
     """
 
     equation = "Eq. 4 along the preimage"

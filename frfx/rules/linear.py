@@ -29,7 +29,11 @@ class LinearRule(Rule):
     damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
-        return one_input(op, "weight")
+        reason = one_input(op, "weight")
+        weight = op.tensor("weight")
+        if reason is None and weight is not None and weight.ndim != 2:
+            return f"its weight is no matrix, but has the shape {tuple(weight.shape)}"
+        return reason
 
     def build(self, op: Op) -> Inversion:
         return AffineInversion(op, _matrix, Dense(self.rcond, self.damping))

@@ -22,6 +22,8 @@ def _windows(op: Op) -> str | None:
     if reason:
         return reason
     dims = _dims(op)
+    if _unbatched(op, dims):
+        return f"its input has no batch dimension: {op.show_shapes()}"
     kernel = op.sizes("kernel_size", dims)
     stride = kernel if op.arguments["stride"] in (None, (), []) else op.sizes("stride", dims)
     if stride != kernel:
@@ -39,9 +41,11 @@ def _windows(op: Op) -> str | None:
         size = shapes[0][1:]
         if any(s % k for s, k in zip(size, kernel, strict=True)):
             return f"ceil_mode with windows of {kernel} that reach beyond the image {size}"
-    if op.input_shapes is not None and len(op.input_shapes[0]) != dims + 1:
-        return f"its input has no batch dimension: {op.show_shapes()}"
     return None
+
+
+def _unbatched(op: Op, dims: int) -> bool:
+    return op.input_shapes is not None and len(op.input_shapes[0]) != dims + 1
 
 
 def _dims(op: Op) -> int:
@@ -193,6 +197,8 @@ class AdaptiveAvgPoolRule(Rule):
         reason = one_input(op)
         if reason or op.input_shapes is None or op.output_shape is None:
             return reason
+        if _unbatched(op, _dims(op)):
+            return f"its input has no batch dimension: {op.show_shapes()}"
         size, pooled = op.input_shapes[0][1:], op.output_shape[1:]
         if any(s % p for s, p in zip(size, pooled, strict=True)):
             return f"windows of unequal size: the output {pooled} does not divide the image {size}"
@@ -234,12 +240,17 @@ class MeanRule(Rule):
         reason = one_input(op, "dim", "keepdim")
         if reason:
             return reason
-        dims = op.arguments["dim"]
-        if dims is None or 0 in ((dims,) if isinstance(dims, int) else tuple(dims)):
+        dims = _mean_dims(op)
+        batch = {0} if op.input_shapes is None else {0, -len(op.input_shapes[0]) - 1}
+        if not dims or batch.intersection(dims):
             return "it averages over the batch, so samples depend on each other"
         return None
 
     def build(self, op: Op) -> Inversion:
-        dims = op.arguments["dim"]
-        dims = (dims,) if isinstance(dims, int) else tuple(dims)
-        return SpreadMean(dims, op.arguments["keepdim"])
+        return SpreadMean(_mean_dims(op), op.arguments["keepdim"])
+
+
+def _mean_dims(op: Op) -> tuple[int, ...]:
+    """Return the dimensions that a mean is taken over; none stand for all of them."""
+    dims = op.arguments["dim"]
+    return (dims,) if isinstance(dims, int) else tuple(dims or ())

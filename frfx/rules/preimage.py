@@ -27,10 +27,15 @@ def logsigmoid(y: Tensor) -> Tensor:
     return y - torch.log(-torch.expm1(y))
 
 
-def softplus(y: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    """`y + log(1 - e^(-beta y)) / beta`; the identity beyond the threshold, as in torch."""
-    scaled = beta * y
-    return torch.where(scaled > threshold, y, y + torch.log(-torch.expm1(-scaled)) / beta)
+def softplus(y: Tensor, x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """`y + log(1 - e^(-beta y)) / beta`, or y itself on the line that torch ends the curve in.
+
+    The line begins below the curve's end, so that some y have a preimage on each.
+    """
+    curve = y + torch.log(-torch.expm1(-beta * y)) / beta
+    on_curve, on_line = beta * curve <= threshold, beta * y > threshold
+    nearer = (curve - x).abs() < (y - x).abs()
+    return torch.where(on_curve & (~on_line | nearer), curve, y)
 
 
 def elu(y: Tensor, alpha: float = 1.0) -> Tensor:
@@ -160,7 +165,8 @@ class Dip:
             above = (error > 0) == rises
             low, high = torch.where(above, low, v), torch.where(above, v, high)
             newton = v - error / self.derivative(v)
-            v = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+            middle = low + (high - low) / 2  # the sum of both may exceed the type
+            v = torch.where((newton > low) & (newton < high), newton, middle)
         return v
 
 
