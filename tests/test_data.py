@@ -243,7 +243,7 @@ def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("spec", "arguments", "message"),
     [
         ("cifar11:p", {}, "unknown data set 'cifar11'. Did you mean 'cifar10'"),
-        ("", {}, "Give one of digits, mnist:PATH, cifar10:PATH, cifar100:PATH, imagenette:PATH, "),
+        ("", {}, "Give one of digits, mnist:PATH, cifar10:PATH, cifar100:PATH, imagenette:PATH"),
         ("digits", {"split": "validation"}, "unknown split 'validation': give 'train' or 'test'"),
         ("digits:p", {}, "take no path, got 'p'"),
         ("mnist", {}, "mnist needs the path of its data: 'mnist:PATH'"),

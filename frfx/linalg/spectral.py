@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from frfx.linalg.operators import Convolution
-from frfx.linalg.pseudo_inverse import Factor, default_rcond, pseudo_inverse
+from frfx.linalg.pseudo_inverse import Factor, default_rcond, pseudo_inverse, solve_dtype
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,15 @@ class SpectralFactor(Factor):
 
     Attributes:
         size: The spatial shape of the solution.
+        dtype: The real type that is solved in.
     """
 
     size: tuple[int, ...]
+    dtype: torch.dtype
 
     def solve(self, residual: Tensor) -> Tensor:
         """Map residuals (N, C_out, *valid) to deviations (N, C_in, *size)."""
-        residual = residual.to(self.inverse.dtype.to_real())
+        residual = residual.to(self.dtype)
         dims = tuple(range(2, residual.ndim))
         margins = [
             pad
@@ -72,5 +74,5 @@ class Spectral:
             rcond=cutoff if self.rcond is None else self.rcond,
             damping=self.damping,
         )
-        dtype = torch.complex128 if kernel.dtype == torch.float64 else torch.complex64
-        return SpectralFactor(inverse.to(dtype).contiguous(), spectrum, size)
+        dtype = solve_dtype(kernel.dtype)
+        return SpectralFactor(inverse.to(dtype.to_complex()).contiguous(), spectrum, size, dtype)
