@@ -27,11 +27,6 @@ settings.load_profile(os.environ.get("FRFX_HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers."""
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     if torch.cuda.is_available():

@@ -57,7 +57,7 @@ def reconstruct(
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return standard normal numbers that depend on the seed and the shape only."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
 
 
 def integers(seed: int, *shape: int, low: int = -3, high: int = 3) -> Tensor:
@@ -169,9 +169,7 @@ def paper_convolution(kernel: Array, bias: Array, feature: Array, target: Array)
         matrix = kernels[(slice(None), *at)]
         right = targets[(x, *at)] + boundary[(x, slice(None), *at)].sum(1)
         if n_in >= n_out:  # Eq. 19
-            system = np.block(
-                [[np.eye(n_in), matrix.conj().T], [matrix, np.zeros((n_out, n_out))]]
-            )
+            system = np.block([[np.eye(n_in), matrix.conj().T], [matrix, np.zeros((n_out, n_out))]])
             known = np.concatenate([features[(x, *at)], right])
             found[(x, *at)] = np.linalg.solve(system, known)[:n_in]
         else:  # Eq. 20
@@ -225,18 +223,19 @@ def window_distance(window: Array, value: float) -> float:
     Brute force: any entry may be the maximum, the others are clipped to it.
     """
     clipped = np.maximum(window - value, 0) ** 2
-    return float(np.sqrt(min(clipped.sum() - c + (v - value) ** 2 for c, v in zip(clipped, window))))
+    raised = (window - value) ** 2
+    return float(np.sqrt((clipped.sum() - clipped + raised).min()))
 
 
 def nearest_crossing(
-    function: Callable[[Array], Array], y: float, x: float, grid: Array, jump: float | None = None
+    grid: Array, values: Array, y: float, x: float, jump: float | None = None
 ) -> float:
     """Return a bound on the distance from x to the nearest preimage of y, by looking at a grid.
 
-    Every interval at whose ends `f - y` changes its sign holds a preimage, unless the function
+    Every interval at whose ends `values - y` changes its sign holds a preimage, unless the function
     jumps there; so does a grid point where it is zero. Infinite if the grid shows none.
     """
-    side = function(grid) - y
+    side = values - y
     hits = np.abs(grid[side == 0] - x)
     left, right = grid[:-1], grid[1:]
     crosses = side[:-1] * side[1:] < 0

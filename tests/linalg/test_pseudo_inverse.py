@@ -1,0 +1,146 @@
+"""Batched pseudo-inverses, exact and by the Gram matrix, against `torch.linalg.pinv`."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import normal, relative
+
+from frfx.linalg.pseudo_inverse import default_rcond, pseudo_inverse, solve_dtype
+
+seeds = st.integers(0, 2**31)
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))
+
+
+def matrices(seed, *shape, complex=False):
+    """Return random matrices with singular values from 0.5 to 2."""
+    values = normal(seed, *shape)
+    if complex:
+        values = torch.complex(values, normal(seed + 1, *shape))
+    left, _, right = torch.linalg.svd(values, full_matrices=False)
+    count = min(shape[-2:])
+    spread = torch.linspace(0.5, 2, count, dtype=torch.float64).to(values.dtype)
+    return left @ (spread[:, None] * right)
+
+
+def as_real(values):
+    """Return complex numbers as pairs of reals, so that norms can be taken."""
+    return torch.view_as_real(values) if values.is_complex() else values
+
+
+@pytest.mark.parametrize("complex", [False, True])
+@pytest.mark.parametrize(("exact", "tolerance"), [(True, 1e-13), (False, 1e-12)])
+@given(seed=seeds, shape=shapes, batch=st.sampled_from([(), (3,), (2, 3)]))
+def test_equals_pinv(exact, tolerance, complex, seed, shape, batch):
+    given = matrices(seed, *batch, *shape, complex=complex)
+    inverse, spectrum = pseudo_inverse(given, exact=exact, rcond=1e-9)
+    assert inverse.shape == (*batch, *shape[::-1])
+    assert inverse.dtype == given.dtype
+    expected = torch.linalg.pinv(given)
+    assert relative(as_real(inverse), as_real(expected)) < tolerance
+    assert not spectrum.deficient
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@given(seed=seeds, shape=shapes)
+def test_spectrum_is_numpys(exact, seed, shape):
+    given = matrices(seed, 4, *shape) * torch.tensor([1.0, 2, 3, 0.5])[:, None, None]
+    _, spectrum = pseudo_inverse(given, exact=exact, rcond=1e-9)
+    singular = np.linalg.svd(given.numpy(), compute_uv=False)
+    assert spectrum.largest == pytest.approx(singular.max(), rel=1e-12)
+    assert spectrum.smallest == pytest.approx(singular.min(), rel=1e-9)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@given(seed=seeds, shape=shapes)
+def test_condition_is_numpys(exact, seed, shape):
+    given = matrices(seed, *shape)
+    _, spectrum = pseudo_inverse(given, exact=exact, rcond=1e-9)
+    assert spectrum.condition == pytest.approx(np.linalg.cond(given.numpy()), rel=1e-9)
+
+
+@pytest.mark.parametrize("complex", [False, True])
+@pytest.mark.parametrize("exact", [True, False])
+@given(seed=seeds, shape=shapes, damping=st.floats(1e-6, 10))
+def test_damping_solves_the_augmented_system(exact, complex, seed, shape, damping):
+    given = matrices(seed, 2, *shape, complex=complex) * torch.tensor([1.0, 3])[:, None, None]
+    inverse, _ = pseudo_inverse(given, exact=exact, rcond=1e-9, damping=damping)
+    dense = given.numpy()
+    scale = np.linalg.svd(dense, compute_uv=False).max()  # of the batch: it is one operator
+    for found, matrix in zip(inverse, dense, strict=True):
+        rows, columns = matrix.shape
+        augmented = np.vstack([matrix, math.sqrt(damping) * scale * np.eye(columns)])
+        right = np.vstack([np.eye(rows), np.zeros((columns, rows))])
+        expected = np.linalg.lstsq(augmented, right, rcond=None)[0]
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-11 / scale)
+
+
+@pytest.mark.parametrize("complex", [False, True])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_cutoff_leaves_small_singular_values_out(exact, complex, shape, kept):
+    given = matrices(kept, *shape, complex=complex)
+    left, _, right = torch.linalg.svd(given, full_matrices=False)
+    values = torch.full((min(shape),), 1e-4, dtype=torch.float64)
+    values[:kept] = 1
+    values[0] = 1  # the largest, to which the cutoff is relative
+    given = left @ (values.to(given.dtype)[:, None] * right)
+    inverse, spectrum = pseudo_inverse(given, exact=exact, rcond=1e-3)
+    expected = torch.linalg.pinv(given, rtol=1e-3)
+    assert relative(as_real(inverse), as_real(expected)) < 1e-11
+    assert spectrum.deficient
+    inverse, spectrum = pseudo_inverse(given, exact=exact, rcond=1e-5)
+    assert relative(as_real(inverse), as_real(torch.linalg.pinv(given, rtol=1e-5))) < 1e-7
+    assert not spectrum.deficient
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_cutoff_is_relative_to_the_whole_batch(exact):
+    given = torch.stack([torch.eye(2), 1e-4 * torch.eye(2)]).double()
+    inverse, spectrum = pseudo_inverse(given, exact=exact, rcond=1e-3)
+    assert torch.equal(inverse[1], torch.zeros(2, 2, dtype=torch.float64))
+    assert relative(inverse[0], np.eye(2)) < 1e-14
+    assert spectrum.deficient
+    assert spectrum.condition == pytest.approx(1e4)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3)])
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_zero_inverts_to_zero(exact, shape, damping):
+    inverse, spectrum = pseudo_inverse(
+        torch.zeros(2, *shape, dtype=torch.float64), exact=exact, rcond=1e-9, damping=damping
+    )
+    assert torch.equal(inverse, torch.zeros(2, *shape[::-1], dtype=torch.float64))
+    assert spectrum.deficient
+    assert spectrum.condition == math.inf
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+@pytest.mark.parametrize("exact", [True, False])
+@given(seed=seeds, shape=shapes)
+def test_scale_does_not_matter(exact, scale, seed, shape):
+    given = matrices(seed, *shape)
+    inverse, spectrum = pseudo_inverse(given * scale, exact=exact, rcond=1e-9)
+    assert relative(inverse * scale, torch.linalg.pinv(given)) < 1e-11
+    assert not spectrum.deficient
+
+
+@pytest.mark.parametrize(
+    ("dtype", "solved"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_half_types_are_solved_in_single(dtype, solved):
+    assert solve_dtype(dtype) == solved
+    assert default_rcond(dtype, 7) == pytest.approx(7 * np.finfo(str(solved)[6:]).eps)

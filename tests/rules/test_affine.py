@@ -1,0 +1,217 @@
+"""Batch norm and scalar arithmetic against the pseudo-inverse of their Jacobians."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import damped_least_squares, invert, minimal_affine_preimage, normal, relative
+from oracles import reconstruct as rebuild
+from torch import nn
+from torch.nn import functional as F
+
+import frfx
+
+seeds = st.integers(0, 2**31)
+
+BATCH_NORM = {
+    nn.BatchNorm1d: [(4,), (4, 3)],
+    nn.BatchNorm2d: [(4, 2, 3)],
+    nn.BatchNorm3d: [(4, 2, 1, 2)],
+}
+CASES = [(kind, shape) for kind, shapes in BATCH_NORM.items() for shape in shapes]
+
+
+def batch_norm(kind, seed, affine=True, eps=1e-5):
+    """Return a batch norm over four channels, with statistics and weights that were trained."""
+    layer = kind(4, affine=affine, eps=eps).double().eval().requires_grad_(False)
+    layer.running_mean.copy_(normal(seed, 4))
+    layer.running_var.copy_(normal(seed + 1, 4).exp())
+    if affine:
+        layer.weight.copy_(normal(seed + 2, 4) + 0.1)
+        layer.bias.copy_(normal(seed + 3, 4))
+    return layer
+
+
+@pytest.mark.filterwarnings("error::frfx.ConditionWarning")
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("eps", [1e-5, 0.3])
+def test_batch_norm(kind, shape, affine, eps):
+    layer = batch_norm(kind, 0, affine, eps)
+    x, target = normal(4, 2, *shape), normal(5, 2, *shape)
+    found = rebuild(layer, x, target)
+    assert relative(found, minimal_affine_preimage(layer, x, target)) < 1e-11
+    assert relative(layer(found), target) < 1e-11
+    assert torch.equal(rebuild(layer, x, layer(x)), x)
+
+
+@given(seed=seeds)
+def test_batch_norm_of_any_values(seed):
+    layer = batch_norm(nn.BatchNorm2d, seed)
+    x, target = normal(seed + 4, 2, 4, 2, 2), normal(seed + 5, 2, 4, 2, 2)
+    found = rebuild(layer, x, target)
+    assert relative(found, minimal_affine_preimage(layer, x, target, rcond=1e-14)) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_channel_of_scale_zero_keeps_its_values(dtype):
+    layer = batch_norm(nn.BatchNorm2d, 0)
+    layer.weight[2] = 0
+    layer = layer.to(dtype)
+    x, target = normal(4, 2, 4, 2, 3, dtype=dtype), normal(5, 2, 4, 2, 3, dtype=dtype)
+    with pytest.warns(frfx.ConditionWarning, match="condition number inf"):
+        found = rebuild(layer, x, target)
+    expected = minimal_affine_preimage(layer.double(), x, target, rcond=1e-12)
+    assert torch.equal(found[:, 2], x[:, 2])
+    assert relative(found, expected) < 100 * torch.finfo(dtype).eps
+
+
+def test_damped_batch_norm():
+    layer = batch_norm(nn.BatchNorm2d, 0)
+    x, target = normal(4, 1, 4, 2, 3), normal(5, 1, 4, 2, 3)
+    found = rebuild(layer, x, target, frfx.policy.minimal(damping=0.3))
+    scale = (layer.weight / (layer.running_var + layer.eps).sqrt()).repeat_interleave(6)
+    residual = (target - layer(x)).ravel().numpy()
+    step = damped_least_squares(np.diag(scale.numpy()), residual, 0.3)
+    assert relative(found, x.numpy() + step.reshape(x.shape)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda x, m, v, w, b: F.batch_norm(x, m, v, w, b),
+        lambda x, m, v, w, b: F.batch_norm(x, m, v, weight=w, bias=b, training=False, eps=1e-5),
+    ],
+)
+def test_functional_batch_norm(spelling):
+    layer = batch_norm(nn.BatchNorm2d, 0)
+    x, target = normal(4, 2, 4, 2, 3), normal(5, 2, 4, 2, 3)
+    tensors = {"m": layer.running_mean, "v": layer.running_var, "w": layer.weight, "b": layer.bias}
+    found = rebuild(spelling, x, target, **tensors)
+    assert relative(found, minimal_affine_preimage(layer, x, target)) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_batch_norm_of_a_half_network(dtype):
+    layer = batch_norm(nn.BatchNorm2d, 0).to(dtype)
+    x, target = normal(4, 2, 4, 2, 3).to(dtype), normal(5, 2, 4, 2, 3).to(dtype)
+    found = rebuild(layer, x, target)
+    assert found.dtype == dtype
+    expected = minimal_affine_preimage(layer.double(), x, target)
+    assert relative(found.double(), expected) < 4 * torch.finfo(dtype).eps
+
+
+ARITHMETIC = {
+    "x + 3": lambda x: x + 3,
+    "3 + x": lambda x: 3 + x,
+    "torch.add(x, 3, alpha=2)": lambda x: torch.add(x, 3, alpha=2),
+    "x.add(3)": lambda x: x.add(3),
+    "aten.add": lambda x: torch.ops.aten.add.Scalar(x, 3),
+    "x - 3": lambda x: x - 3,
+    "3 - x": lambda x: 3 - x,
+    "torch.sub(x, 3, alpha=2)": lambda x: torch.sub(x, 3, alpha=2),
+    "torch.subtract": lambda x: torch.subtract(x, 3),
+    "x.sub(3)": lambda x: x.sub(3),
+    "torch.rsub(x, 3)": lambda x: torch.rsub(x, 3),
+    "torch.rsub(x, 3, alpha=2)": lambda x: torch.rsub(x, 3, alpha=2),
+    "aten.rsub": lambda x: torch.ops.aten.rsub.Scalar(x, 3),
+    "x * -2.5": lambda x: x * -2.5,
+    "-2.5 * x": lambda x: -2.5 * x,
+    "torch.mul": lambda x: torch.mul(x, 4),
+    "torch.multiply": lambda x: torch.multiply(x, 4),
+    "x.mul(4)": lambda x: x.mul(4),
+    "x / 7": lambda x: x / 7,
+    "torch.div": lambda x: torch.div(x, -0.2),
+    "torch.divide": lambda x: torch.divide(x, 7),
+    "torch.true_divide": lambda x: torch.true_divide(x, 7),
+    "x.div(7)": lambda x: x.div(7),
+    "-x": lambda x: -x,
+    "operator.neg": operator.neg,
+    "torch.neg": torch.neg,
+    "x.neg()": lambda x: x.neg(),
+    "x *= 2": lambda x: operator.imul(x * 1, 2),
+    "x.mul_(2)": lambda x: (x + 0).mul_(2),
+}
+
+
+@pytest.mark.filterwarnings("error::frfx.ConditionWarning")
+@pytest.mark.parametrize("function", ARITHMETIC.values(), ids=ARITHMETIC)
+def test_arithmetic_with_a_number(function):
+    x, target = normal(0, 2, 3, 2), normal(1, 2, 3, 2)
+    found = rebuild(function, x, target)
+    assert relative(found, minimal_affine_preimage(function, x, target)) < 1e-13
+
+
+TENSOR_ARITHMETIC = {
+    "x + w": lambda x, w: x + w,
+    "w + x": lambda x, w: w + x,
+    "torch.add(w, x, alpha=3)": lambda x, w: torch.add(w, x, alpha=3),
+    "torch.add(x, w, alpha=3)": lambda x, w: torch.add(x, w, alpha=3),
+    "x - w": lambda x, w: x - w,
+    "w - x": lambda x, w: w - x,
+    "torch.sub(w, x, alpha=3)": lambda x, w: torch.sub(w, x, alpha=3),
+    "torch.rsub(x, w)": lambda x, w: torch.rsub(x, w),
+    "torch.rsub(w, x)": lambda x, w: torch.rsub(w, x),
+    "x * w": lambda x, w: x * w,
+    "w * x": lambda x, w: w * x,
+    "x / w": lambda x, w: x / w,
+    "aten.mul": lambda x, w: torch.ops.aten.mul.Tensor(x, w),
+}
+
+
+@pytest.mark.filterwarnings("error::frfx.ConditionWarning")
+@pytest.mark.parametrize("shape", [(), (3, 1), (1, 1, 2), (3, 2)], ids=str)
+@pytest.mark.parametrize("function", TENSOR_ARITHMETIC.values(), ids=TENSOR_ARITHMETIC)
+def test_arithmetic_with_a_tensor(function, shape):
+    w = normal(7, *shape)
+    x, target = normal(0, 2, 3, 2), normal(1, 2, 3, 2)
+    found = rebuild(function, x, target, w=w)
+    expected = minimal_affine_preimage(lambda x: function(x, w), x, target)
+    assert relative(found, expected) < 1e-13
+
+
+@given(values=st.lists(st.sampled_from([0.0, -1.0, 0.5, 3.0]), min_size=3, max_size=3), seed=seeds)
+def test_factors_with_zeros_keep_what_they_hide(values, seed):
+    w = torch.tensor(values, dtype=torch.float64)
+    x, target = normal(seed, 2, 3), normal(seed + 1, 2, 3)
+    inverse = invert(lambda x, w: x * w, w=w)
+    if 0 in values:
+        with pytest.warns(frfx.ConditionWarning):
+            found = inverse(x, target)
+    else:
+        found = inverse(x, target)
+    expected = minimal_affine_preimage(lambda x: x * w, x, target, rcond=1e-12)
+    assert relative(found, expected) < 1e-13
+
+
+@pytest.mark.filterwarnings("ignore::frfx.ConditionWarning")
+def test_a_factor_of_zero_leaves_the_input():
+    x = normal(0, 2, 3)
+    assert torch.equal(rebuild(lambda x: x * 0, x, normal(1, 2, 3)), x)
+
+
+def test_damped_arithmetic():
+    w = torch.tensor([2.0, 0.5, -1.0], dtype=torch.float64)
+    x, target = normal(0, 1, 3), normal(1, 1, 3)
+    found = rebuild(lambda x, w: x * w, x, target, frfx.policy.minimal(damping=0.3), w=w)
+    step = damped_least_squares(np.diag(w.numpy()), (target - x * w).numpy()[0], 0.3)
+    assert relative(found, x.numpy() + step) < 1e-13
+
+
+def test_whole_numbers_as_factors():
+    w = torch.tensor([3, 7])
+    x, target = normal(0, 4, 2), normal(1, 4, 2)
+    found = rebuild(lambda x, w: x * w, x, target, w=w)
+    assert relative(found, minimal_affine_preimage(lambda x: x * w, x, target)) < 1e-14
+
+
+@pytest.mark.parametrize("function", [lambda x: 2 * x + 1, lambda x: 1 - x / 3])
+def test_numbers_do_not_widen_the_walk(function):
+    x, target = normal(0, 2, 3).float(), normal(1, 2, 3).float()
+    nodes = invert(function).reconstruct(x, target)
+    assert {node.target.dtype for node in nodes.values()} == {torch.float32}

@@ -1,0 +1,274 @@
+"""What no rule inverts is refused with its reason, when it is compiled or at the first call."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from oracles import Apply, normal
+from torch import nn
+from torch.nn import functional as F
+
+import frfx
+from frfx import rules
+
+BATCH = "samples depend on each other"
+W = {"w": torch.ones(3, 3, 1, 1)}
+
+COMPILED = {
+    # Convolutions
+    "conv stride": (nn.Conv2d(3, 2, 3, stride=2), "stride (2, 2): only stride 1 is covered"),
+    "conv one stride": (nn.Conv2d(3, 2, 3, stride=(1, 2)), "stride (1, 2): only stride 1"),
+    "conv padding": (nn.Conv2d(3, 2, 3, padding=1), "padding (1, 1): only convolutions without"),
+    "conv same": (nn.Conv2d(3, 2, 3, padding="same"), "padding same: only convolutions without"),
+    "conv dilation": (nn.Conv2d(3, 2, 3, dilation=2), "dilation (2, 2): only dilation 1"),
+    "conv groups": (nn.Conv2d(3, 6, 3, groups=3), "groups 3: only ungrouped"),
+    "conv1d stride": (nn.Conv1d(3, 2, 3, stride=2), "stride (2,): only stride 1 is covered"),
+    "conv3d padding": (nn.Conv3d(3, 2, 2, padding=1), "padding (1, 1, 1): only convolutions"),
+    "F.conv2d stride": (lambda x, w: F.conv2d(x, w, stride=2), "stride 2: only stride 1", W),
+    "F.conv2d padding": (lambda x, w: F.conv2d(x, w, None, 1, 2), "padding 2: only", W),
+    "F.conv2d dilation": (lambda x, w: F.conv2d(x, w, dilation=[2, 1]), "dilation [2, 1]: only", W),
+    "computed kernel": (
+        lambda x, w: F.conv2d(x, w * 2),
+        "its weight is computed in the graph, not read from the model",
+        W,
+    ),
+    "kernel from the input": (lambda x, w: F.conv2d(w, x), "it is applied to x, not to one", W),
+    "transposed": (nn.ConvTranspose2d(3, 2, 3), "no rule is registered for it"),
+    # Linear
+    "computed weight": (
+        lambda x, w: F.linear(x, w.t()),
+        "its weight is computed in the graph, not read from the model",
+        {"w": torch.ones(3, 2)},
+    ),
+    "weight from the input": (
+        lambda x, w: F.linear(w, x),
+        "it is applied to x, not to one activation",
+        {"w": torch.ones(2, 3)},
+    ),
+    "vector as weight": (
+        lambda x, w: F.linear(x, w),
+        "its weight is no matrix, but has the shape (3,)",
+        {"w": torch.ones(3)},
+    ),
+    # Max pooling
+    "max_pool stride": (
+        nn.MaxPool2d(3, 2),
+        "kernel (3, 3) with stride (2, 2): only stride = kernel",
+    ),
+    "max_pool padding": (nn.MaxPool2d(2, padding=1), "padding 1: only pooling without padding"),
+    "max_pool dilation": (nn.MaxPool2d(2, dilation=2), "dilation 2: only dilation 1 is covered"),
+    "max_pool1d stride": (nn.MaxPool1d(2, stride=1), "kernel (2,) with stride (1,)"),
+    "max_pool indices": (
+        nn.MaxPool2d(2, return_indices=True),
+        "it returns the indices beside the values",
+    ),
+    "torch.max_pool2d": (
+        lambda x: torch.max_pool2d(x, (2, 3), 2),
+        "kernel (2, 3) with stride (2, 2)",
+    ),
+    # Averages
+    "avg_pool stride": (
+        nn.AvgPool2d(3, 1),
+        "kernel (3, 3) with stride (1, 1): only stride = kernel",
+    ),
+    "avg_pool padding": (nn.AvgPool3d(2, padding=1), "padding 1: only pooling without padding"),
+    "mean of all": (lambda x: x.mean(), f"it averages over the batch, so {BATCH}"),
+    "mean of the batch": (lambda x: x.mean((0, 1)), f"it averages over the batch, so {BATCH}"),
+    "mean of no dimension": (lambda x: x.mean(()), f"it averages over the batch, so {BATCH}"),
+    "computed dim": (lambda x: x.mean(x.dim() - 1), "its dim is computed in the graph"),
+    # Normalisation and dropout
+    "batch statistics": (
+        nn.BatchNorm2d(3, track_running_stats=False),
+        f"it normalises with the statistics of the batch, so {BATCH}",
+    ),
+    "training=True": (
+        lambda x, w: F.batch_norm(x, w, w, training=True),
+        f"it normalises with the statistics of the batch, so {BATCH}",
+        {"w": torch.ones(3)},
+    ),
+    "computed variance": (
+        lambda x, w: F.batch_norm(x, w, w.exp()),
+        "its running_var is computed in the graph",
+        {"w": torch.ones(3)},
+    ),
+    "active dropout": (
+        lambda x: F.dropout(x, 0.5),
+        "it drops at random in evaluation mode, too: pass training=self.training",
+    ),
+    "active dropout2d": (lambda x: F.dropout2d(x), "it drops at random in evaluation mode, too"),
+    # Arithmetic
+    "x + x": (lambda x: x + x, "it combines x and x: a branch"),
+    "x + tanh x": (lambda x: x + torch.tanh(x), "it merges x, tanh: a branch"),
+    "read twice": (lambda x: x + torch.tanh(x), "read by several ops (tanh, add): a branch"),
+    "computed operand": (
+        lambda x, w: x + w.exp(),
+        "its other operand is computed in the graph, not read from the model",
+        {"w": torch.ones(3)},
+    ),
+    "computed alpha": (
+        lambda x, w: torch.add(x, w, alpha=x.size(1)),
+        "its other operand is computed in the graph, not read from the model",
+        {"w": torch.ones(3)},
+    ),
+    "1 / x": (lambda x: 1 / x, "it divides by the activation, which is not affine"),
+    "rounded": (
+        lambda x: torch.div(x, 2, rounding_mode="floor"),
+        "it rounds, so nothing can be told from its result",
+    ),
+    # Activations
+    "computed slope": (
+        lambda x: F.leaky_relu(x, x.size(0) * 0.1),
+        "its negative_slope is computed in the graph",
+    ),
+    "computed slopes": (
+        lambda x, w: F.prelu(x, w * 2),
+        "its weight is computed in the graph",
+        {"w": torch.ones(3)},
+    ),
+    # Shapes
+    "another dtype": (lambda x: x.view(torch.int32), "it reinterprets the bits as another dtype"),
+    "computed permutation": (
+        lambda x: x.permute(0, x.dim() - 1, 1, 2),
+        "its dims is computed in the graph",
+    ),
+    "computed dimension": (lambda x: x.transpose(1, x.dim() - 1), "its dim1 is computed"),
+    # Heads
+    "argmax of all": (
+        lambda x: x.argmax(),
+        "argmax over the flattened batch: name the dimension of the classes (dim=1)",
+    ),
+    "argmax of the batch": (
+        lambda x: x.argmax(0),
+        "argmax over dimension 0: the classes must be the last dimension",
+    ),
+    "argmax of a computed dimension": (lambda x: x.argmax(x.dim() - 1), "its dim is computed"),
+    "softmax of no dimension": (
+        nn.Softmax(),
+        "softmax without a dimension: name that of the classes (dim=1)",
+    ),
+    "log_softmax of no dimension": (nn.LogSoftmax(), "softmax without a dimension"),
+    "softmax of the batch": (nn.Softmax(0), f"it normalises over the batch, so {BATCH}"),
+    "softmax of a computed dimension": (lambda x: x.softmax(x.dim() - 1), "its dim is computed"),
+    # No rule at all
+    "cumsum": (lambda x: x.cumsum(1), "no rule is registered for it"),
+    "layer norm": (nn.LayerNorm(3), "no rule is registered for it"),
+}
+
+
+def refuse(reason, call):
+    """Assert that a call raises an error that lists exactly this reason."""
+    with pytest.raises(frfx.UnsupportedOpsError, match=re.escape(reason)) as caught:
+        call()
+    assert any(reason in op.reason for op in caught.value.ops)
+
+
+@pytest.mark.parametrize("policy", ["paper", "minimal"])
+@pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
+def test_refused_when_compiled(case, policy):
+    function, reason, tensors = case if len(case) == 3 else (*case, {})
+    model = Apply(function, **tensors).eval()
+    refuse(reason, lambda: frfx.invert(model, "x", policy=policy))
+
+
+CALLED = {
+    "conv without a batch": (nn.Conv2d(3, 2, 2), (3, 4, 4), "its input has no batch dimension"),
+    "conv1d without a batch": (nn.Conv1d(3, 2, 2), (3, 4), "its input has no batch dimension"),
+    "max_pool without a batch": (nn.MaxPool2d(2), (3, 4, 4), "its input has no batch dimension"),
+    "avg_pool without a batch": (nn.AvgPool1d(2), (3, 4), "its input has no batch dimension"),
+    "adaptive without a batch": (
+        nn.AdaptiveAvgPool1d(2),
+        (3, 4),
+        "its input has no batch dimension",
+    ),
+    "ceil_mode without a batch": (
+        nn.MaxPool2d(2, ceil_mode=True),
+        (3, 4, 4),
+        "its input has no batch dimension",
+    ),
+    "ceil_mode": (
+        nn.MaxPool2d(2, ceil_mode=True),
+        (1, 3, 5, 4),
+        "ceil_mode with windows of (2, 2) that reach beyond the image (5, 4)",
+    ),
+    "ceil_mode, average": (
+        nn.AvgPool1d(3, ceil_mode=True),
+        (1, 3, 7),
+        "ceil_mode with windows of (3,) that reach beyond the image (7,)",
+    ),
+    "unequal windows": (
+        nn.AdaptiveAvgPool2d((2, 3)),
+        (1, 3, 4, 5),
+        "windows of unequal size: the output (2, 3) does not divide the image (4, 5)",
+    ),
+    "larger than the image": (
+        nn.AdaptiveAvgPool1d(4),
+        (1, 3, 2),
+        "windows of unequal size: the output (4,) does not divide the image (2,)",
+    ),
+    "broadcast": (
+        lambda x, w: x + w,
+        (2, 3, 1),
+        "it broadcasts the activation to a larger shape",
+        {"w": torch.ones(3, 4)},
+    ),
+    "mean of the batch, counted from the end": (
+        lambda x: x.mean(-2, keepdim=True),
+        (2, 3),
+        f"it averages over the batch, so {BATCH}",
+    ),
+    "log_softmax of the batch, counted from the end": (
+        nn.LogSoftmax(-2),
+        (2, 3),
+        f"it normalises over the batch, so {BATCH}",
+    ),
+    "argmax beside the classes": (
+        lambda x: x.argmax(1),
+        (2, 3, 4),
+        "argmax over dimension 1: the classes must be the last dimension",
+    ),
+}
+
+
+@pytest.mark.parametrize("policy", ["paper", "minimal"])
+@pytest.mark.parametrize("case", CALLED.values(), ids=CALLED)
+def test_refused_at_the_first_call(case, policy):
+    function, shape, reason, tensors = case if len(case) == 4 else (*case, {})
+    inverse = frfx.invert(Apply(function, **tensors).eval(), "x", policy=policy)
+    refuse(reason, lambda: inverse(normal(0, *shape).float(), torch.zeros(1)))
+
+
+def test_no_function_of_single_entries():
+    rule = rules.ElementwiseRule(
+        rules.activation.Elementwise("twice", lambda y, x: y / 2, lambda: (-1, 1))
+    )
+    policy = frfx.policy.minimal().override(op=nn.Linear, rule=rule)
+    refuse(
+        "it is no function of single entries",
+        lambda: frfx.invert(Apply(nn.Linear(3, 3)), "x", policy=policy),
+    )
+
+
+def test_every_reason_is_told_at_once():
+    model = nn.Sequential(
+        nn.Conv2d(3, 2, 3, stride=2), nn.MaxPool2d(3, 2), nn.Flatten(), nn.LayerNorm(8)
+    )
+    with pytest.raises(frfx.UnsupportedOpsError) as caught:
+        frfx.invert(model, "input")
+    assert [op.path for op in caught.value.ops] == ["0", "1", "3"]
+    assert [op.reason.split(":")[0] for op in caught.value.ops] == [
+        "stride (2, 2)",
+        "kernel (3, 3) with stride (2, 2)",
+        "no rule is registered for it",
+    ]
+    for op in caught.value.ops:
+        assert op.path in op.remedy or "register_rule" in op.remedy
+        assert str(op) in str(caught.value)
+
+
+def test_the_same_op_elsewhere_is_no_obstacle():
+    model = nn.Sequential(nn.Conv2d(3, 2, 3, stride=2), nn.Tanh())
+    x = normal(0, 1, 3, 5, 5).float()
+    inverse = frfx.invert(model, "0")  # stops in front of the convolution
+    assert torch.equal(inverse(x, model(x).detach()), model[0](x))
