@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from frfx.compiler.emit import emit
 from frfx.compiler.inverse import Inverse
 from frfx.compiler.plan import make_plan
+from frfx.compiler.prepare import run_forward
 from frfx.compiler.tail import Layers, Network
 from frfx.compiler.trace import check_batch, trace
 from frfx.compiler.view import check_model, evaluation_view, mode_dependent
@@ -57,9 +58,12 @@ def invert(
     if example_input is not None:
         check_batch(example_input)
     traced = trace(evaluation_view(model), example_input)
+    if example_input is not None:
+        check_batch(example_input, traced.batch)
     network = Network(traced)
     tail = network.tail(network.find(upto_layer))
-    plan = make_plan(network, tail, chosen)
+    shapes = None if example_input is None else run_forward(traced, example_input)[1]
+    plan = make_plan(network, tail, chosen, shapes)
     recipe = functools.partial(
         invert,
         upto_layer=upto_layer,

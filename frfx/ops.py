@@ -64,9 +64,13 @@ def define(
     return op_type
 
 
-def spell(op_type: OpType, spellings: Iterable[Hashable], signature: str | None = None) -> None:
+def spell(
+    op_type: OpType,
+    spellings: Iterable[Hashable],
+    signature: str | inspect.Signature | None = None,
+) -> None:
     """Enter further spellings of an op type, with an argument order of their own if need be."""
-    order = op_type.signature if signature is None else _parse(signature)
+    order = _parse(signature) if isinstance(signature, str) else signature or op_type.signature
     for spelling in spellings:
         _SPELLINGS[spelling] = Spelling(op_type, order)
 
@@ -78,6 +82,11 @@ def _parse(signature: str) -> inspect.Signature:
 def lookup(spelling: Hashable) -> Spelling | None:
     """Return the entry of a module class, function, method name or ATen overload, if any."""
     return _SPELLINGS.get(spelling)
+
+
+def names() -> set[str]:
+    """Return the names of all op types."""
+    return {entry.type.name for entry in _SPELLINGS.values()}
 
 
 def module_classes() -> tuple[type[nn.Module], ...]:
@@ -94,7 +103,7 @@ def describe(spelling: Hashable) -> str:
     """Return the spelling as a program writes it, such as ``torch.nn.Conv2d``."""
     if isinstance(spelling, str):
         return f'"{spelling}"'
-    if isinstance(spelling, torch._ops.OpOverload):
+    if isinstance(spelling, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return f"torch.ops.{spelling}"
     module = getattr(spelling, "__module__", None) or "torch"
     name = str(getattr(spelling, "__qualname__", getattr(spelling, "__name__", repr(spelling))))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from frfx import registry
@@ -65,11 +67,10 @@ class Policy:
         if rule is not None and options:
             raise PolicyError("give the options to the rule itself, as in LinearRule(damping=1e-2)")
         _check_options(options)
-        change = Override(rule, options)
         if node is not None:
-            return replace(self, by_node={**self.by_node, node: change})
+            return replace(self, by_node=_changed(self.by_node, node, rule, options))
         name = registry.resolve(op).name
-        return replace(self, by_op={**self.by_op, name: change})
+        return replace(self, by_op=_changed(self.by_op, name, rule, options))
 
     def rule_for(self, op: Op) -> Rule | None:
         """Return the rule for an op, with its options; None if there is none."""
@@ -81,16 +82,16 @@ class Policy:
             )
             if change is not None
         ]
-        rules = [change.rule for change in changes if change.rule is not None]
-        if rules:
-            return rules[-1]
-        factory = registry.default.find(op.type, self.principle)
-        if factory is None:
-            return None
+        factory: Callable[..., Rule] | None = registry.default.find(op.type, self.principle)
+        taken = [] if factory is None else registry.option_names(factory)
         options = dict(self.options)
         for change in changes:
+            if change.rule is not None:
+                factory, options = functools.partial(replace, change.rule), {}
+                taken = [field.name for field in fields(change.rule)]
             options |= change.options
-        taken = registry.option_names(factory)
+        if factory is None:
+            return None
         return factory(**{name: value for name, value in options.items() if name in taken})
 
     def check_nodes(self, names: set[str]) -> None:
@@ -103,14 +104,31 @@ class Policy:
                 )
 
 
+def _changed(
+    overrides: Mapping[str, Override], name: str, rule: Rule | None, options: Mapping[str, Any]
+) -> dict[str, Override]:
+    """Return the overrides with one more; options join those that are there."""
+    before = overrides.get(name)
+    if rule is None and before is not None:
+        rule, options = before.rule, {**before.options, **options}
+    return {**overrides, name: Override(rule, options)}
+
+
+_SIZES = ("label_margin", "clamp_margin", "rcond", "damping")
+"""Options that are numbers from zero on; `rcond` may be None."""
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
     known = registry.default.options()
-    for name in options:
+    for name, value in options.items():
         if name not in known:
             raise PolicyError(
                 f"no rule takes an option {name!r}.{nearest(name, known)} "
                 f"Options: {', '.join(sorted(known))}"
             )
+        is_size = isinstance(value, (int, float)) and 0 <= value < math.inf
+        if name in _SIZES and not is_size and not (name == "rcond" and value is None):
+            raise PolicyError(f"{name} is a finite number from 0 on, not {value!r}")
 
 
 def paper(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +35,21 @@ class Registry:
             RegistryError: If there is one for the op and principle, and `overwrite` is false.
         """
         key = (op_type, principle)
-        if key in self._rules and not overwrite:
-            where = f"{op_type.name!r}" + (f" under {principle!r}" if principle else "")
-            raise RegistryError(
-                f"there is a rule for {where} already: {_name(self._rules[key])}. "
-                "Pass overwrite=True to replace it"
-            )
+        if not overwrite:
+            self.check_free(op_type, principle)
         if overwrite and principle is None:  # replaces what any principle would have chosen
             self._rules = {k: rule for k, rule in self._rules.items() if k[0] is not op_type}
         self._rules[key] = factory
+
+    def check_free(self, op_type: OpType, principle: str | None) -> None:
+        """Raise `RegistryError` if there is a rule for the op and principle."""
+        rule = self._rules.get((op_type, principle))
+        if rule is not None:
+            where = f"{op_type.name!r}" + (f" under {principle!r}" if principle else "")
+            raise RegistryError(
+                f"there is a rule for {where} already: {_name(rule)}. "
+                "Pass overwrite=True to replace it"
+            )
 
     def find(self, op_type: OpType | None, principle: str) -> RuleFactory | None:
         """Return the rule for an op under a principle, if there is one."""
@@ -99,10 +105,15 @@ def register_rule(
     Raises:
         RegistryError: For something that cannot be an op, or a rule that is there already.
     """
-    op_types = _op_types(op)
+    _parse(op)  # complains of bad spellings at once
 
     def decorate(factory: F) -> F:
-        for op_type in op_types:
+        known, fresh = _parse(op)
+        for op_type in known if not overwrite else []:
+            default.check_free(op_type, principle)
+        if known:
+            ops.spell(known[0], fresh)
+        for op_type in known or [_define(fresh)]:
             default.add(op_type, factory, principle, overwrite)
         return factory
 
@@ -115,39 +126,65 @@ def resolve(op: Hashable) -> OpType:
     Raises:
         RegistryError: If no op is spelled so.
     """
-    if isinstance(op, OpType):
-        return op
-    entry = ops.lookup(op)
+    entry = _entry(op)
     if entry is None:
+        _check_spelling(op)
         raise RegistryError(f"no op is spelled {ops.describe(op)}; register a rule for it first")
-    return entry.type
+    return entry
 
 
-def _op_types(op: tuple[Hashable, ...]) -> list[OpType]:
+def _parse(op: tuple[Hashable, ...]) -> tuple[list[OpType], list[Hashable]]:
+    """Return the op types that are named, each once, and the spellings that are not known yet."""
     if not op:
         raise RegistryError("name the op: a module class, function, method name or ATen overload")
-    known = [o if isinstance(o, OpType) else entry.type for o in op if (entry := _entry(o))]
+    known = list(dict.fromkeys(entry for o in op if (entry := _entry(o))))
     fresh = [o for o in op if not _entry(o)]
     for spelling in fresh:
         _check_spelling(spelling)
-    op_types = list(dict.fromkeys(known))
-    if not op_types:
-        name = ops.describe(fresh[0]).strip('"').rsplit(".", 1)[-1]
-        return [ops.define(name, "input, *_, **__", fresh)]
-    if fresh and len(op_types) > 1:
-        names = " and ".join(repr(o.name) for o in op_types)
+    if fresh and len(known) > 1:
+        names = " and ".join(repr(o.name) for o in known)
         raise RegistryError(
             f"{ops.describe(fresh[0])} is named beside {names}: register it with one of them"
         )
-    ops.spell(op_types[0], fresh)
-    return op_types
+    return known, fresh
 
 
-def _entry(op: Hashable) -> Any:
-    return op if isinstance(op, OpType) else ops.lookup(op)
+def _define(spellings: list[Hashable]) -> OpType:
+    """Create an op for spellings that are not known yet."""
+    full = ops.describe(spellings[0]).strip('"')
+    short = full.rsplit(".", 1)[-1]
+    op_type = ops.define(full if short in ops.names() else short, "input, *args, **kwargs", [])
+    for spelling in spellings:
+        ops.spell(op_type, [spelling], _signature(spelling))
+    return op_type
+
+
+def _signature(spelling: Hashable) -> inspect.Signature | None:
+    """Return the arguments that a user's function or module declares, the first called `input`."""
+    if not (inspect.isfunction(spelling) or isinstance(spelling, type)):
+        return None
+    declared = inspect.signature(getattr(spelling, "forward", spelling))
+    parameters = list(declared.parameters.values())[isinstance(spelling, type) :]  # without self
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if not parameters or parameters[0].kind not in positional:
+        return None
+    return inspect.Signature([parameters[0].replace(name="input"), *parameters[1:]])
+
+
+def _entry(op: Hashable) -> OpType | None:
+    if isinstance(op, OpType):
+        return op
+    if not isinstance(op, Hashable):
+        raise RegistryError(f"{op!r} is no module class, function, method or ATen overload")
+    entry = ops.lookup(op)
+    return None if entry is None else entry.type
 
 
 def _check_spelling(spelling: Hashable) -> None:
+    if isinstance(spelling, nn.Module):
+        raise RegistryError(
+            f"{spelling!r} is one module: name its class, {type(spelling).__name__}"
+        )
     if isinstance(spelling, str):
         if not hasattr(Tensor, spelling):
             raise RegistryError(f"tensors have no method {spelling!r}")

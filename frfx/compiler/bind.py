@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Hashable
 from typing import Any, cast
@@ -65,7 +66,11 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
     key = spelling(node, traced.root)
     entry = ops.lookup(key)
     module = traced.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    values = _arguments(node, entry, module)
+    try:
+        values = _arguments(node, entry, module)
+    except TypeError:  # a call that does not fit the op's signature is none of the op
+        entry = None
+        values = _arguments(node, entry, module)
     inputs: dict[str, str] = {}
     constants: dict[str, Any] = {}
     computed: list[str] = []
@@ -101,18 +106,32 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
     )
 
 
+_NUMPY_NAMES = {"axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim"}
+"""Names that torch takes for its own, as NumPy spells them."""
+
+
 def _arguments(
     node: fx.Node, entry: ops.Spelling | None, module: nn.Module | None
 ) -> dict[str, Any]:
     if entry is None:
         return {str(i): value for i, value in enumerate(node.args)} | dict(node.kwargs)
     parameters = entry.signature.parameters
-    bound = entry.signature.bind_partial(*node.args, **node.kwargs)
+    keywords = {_NUMPY_NAMES.get(name, name): value for name, value in node.kwargs.items()}
+    bound = entry.signature.bind_partial(*node.args, **keywords)
     if module is None:
         bound.apply_defaults()
-    given = {name: value for name, value in bound.arguments.items() if not name.startswith("_")}
+    given: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD and not name.startswith("_"):
+            given |= value
+        elif not name.startswith("_") and (value or kind is not inspect.Parameter.VAR_POSITIONAL):
+            given[name] = value
+    given.pop("inplace", None)  # the tracer has made everything out of place
     for name, parameter in parameters.items():
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.kind is parameter.VAR_POSITIONAL and name in keywords:
+            given[name] = (keywords[name],)  # as in permute(dims=...)
         if module is not None and name not in given and not variadic:
             default = None if parameter.default is parameter.empty else parameter.default
             given[name] = getattr(module, name, default)

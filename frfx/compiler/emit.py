@@ -53,7 +53,7 @@ def emit(traced: Traced, plan: Plan) -> Emitted:
     """Write the reconstruction graph of a plan."""
     graph = fx.Graph()
     inversions = nn.Module()
-    x = graph.placeholder(traced.input.name)
+    x = graph.placeholder("x")
     target = graph.placeholder("target")
     value = graph.call_module("prepare", (x, target))
     copies = _copy_forward(traced, graph, {traced.input: x})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,7 @@ class Inverse(fx.GraphModule):
     prepare: Preparation
 
     def __init__(
-        self, traced: Traced, plan: Plan, emitted: Emitted, recipe: Callable[[nn.Module], Inverse]
+        self, traced: Traced, plan: Plan, emitted: Emitted, recipe: functools.partial[Inverse]
     ) -> None:
         inversions = emitted.inversions
         factored = {
@@ -165,13 +166,16 @@ class Inverse(fx.GraphModule):
         self.traced, self.plan = traced, plan
         self._stages, self._cut, self._recipe = emitted.stages, emitted.cut, recipe
         self.graph.lint()
-        self.eval()
+        self.training = False
+        # The model's view is in evaluation mode already, and its train() may write to parameters.
+        for name in ("inverse", "prepare", "finish"):
+            self.get_submodule(name).eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
             return super().__call__(*args, **kwargs)
         except NonFiniteError:
-            self.reconstruct(*args, **kwargs)  # names the first node, if it is one of the walk
+            self.reconstruct(*args, **kwargs)  # names the first node
             raise
 
     @property
@@ -200,15 +204,16 @@ class Inverse(fx.GraphModule):
             op = stage.step.op
             if wanted.dtype.is_floating_point == had.dtype.is_floating_point:  # else labels pass
                 nodes.append(NodeValues(op.path, op.type.name if op.type else "", wanted, had))
-            self._check_finite(values[stage.result], op.path)
+            self._check_finite(values[stage.result], op.path, x)
         feature = values[self._cut]
         final = values[self._stages[-1].result].to(feature.dtype)
-        self._check_finite(final, self.layer)
+        self._check_finite(final, self.layer, x)
         nodes.append(NodeValues(self.layer, "feature", final, feature))
         return Reconstruction(nodes)
 
-    def _check_finite(self, value: Tensor, name: str) -> None:
+    def _check_finite(self, value: Tensor, name: str, x: Tensor) -> None:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            self.prepare.probe(x)  # names the node, if it is one of the forward pass
             raise NonFiniteError(
                 f"the inverse of {name!r} gives NaN or infinity: its target is out of the reach of "
                 "its weights or of the dtype. damping=... in the policy bounds it"
@@ -258,7 +263,7 @@ class Inverse(fx.GraphModule):
     def train(self, mode: bool = True) -> Inverse:
         """Do nothing: an inverse is always in evaluation mode."""
         del mode
-        return super().train(False)
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Inverse:
         tensors = [*self.parameters(), *self.buffers()]
@@ -266,6 +271,9 @@ class Inverse(fx.GraphModule):
             return self
         unlink(self.model)  # the model stays where it is
         self.prepare.clear()
+        example = self._recipe.keywords["example_input"]
+        if example is not None:
+            self._recipe = functools.partial(self._recipe, example_input=fn(example))
         return super()._apply(fn, recurse)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -278,7 +286,7 @@ class Inverse(fx.GraphModule):
         return _remake(self._recipe, self.model, self.factor_memory)
 
 
-def _remake(recipe: Callable[[nn.Module], Inverse], model: nn.Module, memory: int) -> Inverse:
+def _remake(recipe: functools.partial[Inverse], model: nn.Module, memory: int) -> Inverse:
     inverse = recipe(model)
     inverse.factor_memory = memory
     return inverse
@@ -297,6 +305,7 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, inverse: Inverse) -> None:
         super().__init__(inverse, garbage_collect_values=False)
+        self.extra_traceback = False  # leaves messages as they are
 
     def run_to(self, x: Tensor, target: Tensor) -> dict[str, Any]:
         self.run(x, target)

@@ -56,19 +56,24 @@ class Plan:
         """
         problems = []
         for step in self.steps:
-            if step.node is not None:
-                op = step.op.with_shapes(
-                    tuple(shapes[node] for node in step.inputs), shapes[step.node]
-                )
-                reason = step.rule.supports(op)
-                if reason is not None:
-                    problems.append(_problem(op, reason, step.rule))
+            op = _with_shapes(step.op, step.node, step.inputs, shapes)
+            reason = step.rule.supports(op)
+            if reason is not None:
+                problems.append(_problem(op, reason, step.rule))
         if problems:
             raise UnsupportedOpsError(problems)
 
 
-def make_plan(network: Network, tail: Tail, policy: Policy) -> Plan:
+def make_plan(
+    network: Network, tail: Tail, policy: Policy, shapes: Mapping[fx.Node, Shape] | None = None
+) -> Plan:
     """Choose a rule for every op of a tail.
+
+    Args:
+        network: The data flow of the forward graph.
+        tail: What is inverted.
+        policy: Chooses the rules.
+        shapes: The activations' shapes without the batch, if they are known already.
 
     Raises:
         UnsupportedOpsError: If some ops cannot be inverted; names all of them.
@@ -77,18 +82,20 @@ def make_plan(network: Network, tail: Tail, policy: Policy) -> Plan:
     traced, flow = network.traced, network.flow
     beyond = [node for node in tail.nodes if node in network.heads]
     ends_in_argmax = any(op_type(node, traced.root) is vocabulary.argmax for node in beyond)
-    problems = [
-        _problem(bind(branch.node, traced, network.live), branch.reason, None)
-        for branch in tail.branches
-    ]
+    problems = []
+    for branch in tail.branches:
+        inputs = tuple(flow.predecessors(branch.node))
+        op = _with_shapes(bind(branch.node, traced, network.live), branch.node, inputs, shapes)
+        problems.append(_problem(op, branch.reason, None, _way_round(network, tail)))
     branching = {branch.node for branch in tail.branches}
     steps: list[Step] = []
 
     def add(op: Op, node: fx.Node | None, inputs: tuple[fx.Node, ...]) -> None:
         rule = policy.rule_for(op)
-        reason = "no rule is registered for it" if rule is None else rule.supports(op)
+        seen = _with_shapes(op, node, inputs, shapes)
+        reason = "no rule is registered for it" if rule is None else rule.supports(seen)
         if reason is not None:
-            problems.append(_problem(op, reason, rule))
+            problems.append(_problem(seen, reason, rule))
         elif rule is not None:
             steps.append(Step(op, rule, node, inputs))
 
@@ -122,12 +129,31 @@ def _unsaid_argmax(logits: fx.Node) -> Op:
     )
 
 
-def _problem(op: Op, reason: str, rule: Rule | None) -> UnsupportedOp:
+def _with_shapes(
+    op: Op,
+    node: fx.Node | None,
+    inputs: tuple[fx.Node, ...],
+    shapes: Mapping[fx.Node, Shape] | None,
+) -> Op:
+    """Return the op with its shapes, as far as they are known."""
+    if node is None or shapes is None or not shapes.keys() >= {node, *inputs}:
+        return op
+    return op.with_shapes(tuple(shapes[source] for source in inputs), shapes[node])
+
+
+def _way_round(network: Network, tail: Tail) -> str:
+    """Return the line that inverts as far as there is no branch."""
+    straight = (n for n in tail.chain if n not in network.heads and not network.tail(n).branches)
+    name = network.traced.paths[next(straight)]
+    return f"frfx.invert(model, upto_layer={name!r}), the first layer behind the branches"
+
+
+def _problem(op: Op, reason: str, rule: Rule | None, remedy: str | None = None) -> UnsupportedOp:
     spelling = describe(op.spelling)
     kind = spelling if op.type is None else f"{op.type.name} ({spelling})"
-    if rule is None:
+    if remedy is None and rule is None:
         remedy = f"@frfx.register_rule({spelling}) on a subclass of frfx.rules.Rule"
-    else:
+    elif remedy is None:
         remedy = (
             f"policy.override(node={op.path!r}, rule=MyRule()), or "
             f"@frfx.register_rule({spelling}, overwrite=True) on a subclass of frfx.rules.Rule"

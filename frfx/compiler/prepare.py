@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from frfx.compiler.bind import live_nodes
 from frfx.compiler.plan import Plan
-from frfx.compiler.trace import Traced, check_batch, is_output
+from frfx.compiler.trace import Traced, check_batch, has_constants, is_output
 from frfx.errors import (
     ConditionWarning,
     InputError,
@@ -55,9 +57,24 @@ class Weights:
         )
 
 
-def _version(tensor: Tensor) -> int | None:
-    """Return autograd's count of writes; None for inference tensors, which do not count."""
-    return None if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> tuple[int, int] | None:
+    """Return autograd's and our own count of writes; None for inference tensors: nobody counts."""
+    return None if tensor.is_inference() else (tensor._version, _steps.get(tensor, 0))
+
+
+_steps = WeakTensorKeyDictionary()
+"""How often an optimizer has changed a parameter. Fused ones do not tell autograd of it."""
+
+
+def _count_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    del args, kwargs
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                _steps[parameter] = _steps.get(parameter, 0) + 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class Preparation(nn.Module):
@@ -75,10 +92,10 @@ class Preparation(nn.Module):
         self.factor_memory = FACTOR_MEMORY
         self.traced, self.plan = traced, plan
         self.factored = dict(inversions)  # a plain dict: registered elsewhere in the graph
-        self.live = live_nodes(traced.graph)
         self.shapes: OrderedDict[_Size, dict[fx.Node, Shape]] = OrderedDict()
         self.used: OrderedDict[tuple[str, Shape], None] = OrderedDict()
         self.weights: dict[str, Weights] = {}
+        self.baked_from: Weights | None = None
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -98,14 +115,13 @@ class Preparation(nn.Module):
             TraceMismatchError: If the graph does not compute what the model computes.
             UnsupportedOpsError: If an op cannot be inverted at these shapes.
         """
-        check_batch(x)
-        if self.traced.batch not in (None, x.shape[0]):
-            raise InputError(
-                f"torch.export has fixed the batch size of this model to {self.traced.batch}, for "
-                f"its forward reads it as a number, as len(x) does; got a batch of {x.shape[0]}. "
-                "Read x.shape[0] there instead, or give batches of that size"
-            )
+        check_batch(x, self.traced.batch)
         size = self._size(x)
+        if has_constants(self.traced.root):  # tracing may have computed them from buffers
+            buffers = list(self.traced.root.buffers())
+            if self.baked_from is None or not self.baked_from.match(buffers):
+                self.shapes.clear()  # so that the graph is checked anew
+                self.baked_from = Weights(buffers)
         changed = [
             name
             for name, inversion in self.factored.items()
@@ -173,22 +189,21 @@ class Preparation(nn.Module):
 
     def probe(self, x: Tensor) -> dict[fx.Node, Shape]:
         """Run the forward graph once: shapes, finite values, and agreement with the model."""
-        _check_finite(x, "the input batch")
-        with torch.autocast(x.device.type, enabled=False):
-            probe = _Probe(self.traced, self.live)
-            output = probe.run(x)
-            if self._size(x) not in self.shapes:
-                self._verify(output, x)
-        self.plan.check_shapes(probe.shapes)
-        return probe.shapes
+        output, shapes = run_forward(self.traced, x)
+        if self._size(x) not in self.shapes:
+            self._verify(output, x)
+        self.plan.check_shapes(shapes)
+        return shapes
 
     def _verify(self, output: Tensor, x: Tensor) -> None:
-        if not is_output(output, self.traced, x):
+        with torch.autocast(x.device.type, enabled=False):
+            same = is_output(output, self.traced, x)
+        if not same:
             raise TraceMismatchError(
                 f"the graph that {self.traced.front_end} traced does not compute what the model "
-                "computes: its forward probably depends on the input's values or type, or draws "
-                "random numbers in evaluation mode. Give example_input to invert, or rewrite that "
-                "part of the forward"
+                "computes: its forward probably depends on the input's values or type, draws "
+                "random numbers in evaluation mode, or computes with a buffer that has changed "
+                "since. Give example_input to invert, or rewrite that part of the forward"
             )
 
     def _check_target(self, x: Tensor, target: Any, shapes: Mapping[fx.Node, Shape]) -> Tensor:
@@ -220,12 +235,27 @@ class Preparation(nn.Module):
         return target.to(solve_dtype(x.dtype))
 
 
+@torch.no_grad()
+def run_forward(traced: Traced, x: Tensor) -> tuple[Tensor, dict[fx.Node, Shape]]:
+    """Run the forward graph once; return its output and every activation's shape.
+
+    Raises:
+        InputError: If the forward pass cannot take the input; names the node.
+        NonFiniteError: If the input, or the value of a node, is not finite; names the first.
+    """
+    _check_finite(x, "the input batch")
+    with torch.autocast(x.device.type, enabled=False):
+        probe = _Probe(traced)
+        return probe.run(x), probe.shapes
+
+
 class _Probe(fx.Interpreter):
     """Runs the forward graph and records every activation's shape; stops at what is not finite."""
 
-    def __init__(self, traced: Traced, live: set[fx.Node]) -> None:
+    def __init__(self, traced: Traced) -> None:
         super().__init__(traced.root, graph=traced.graph)
-        self.traced, self.live = traced, live
+        self.extra_traceback = False  # leaves messages as they are
+        self.traced, self.live = traced, live_nodes(traced.graph)
         self.shapes: dict[fx.Node, Shape] = {}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import OutputKind
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -84,9 +85,7 @@ def trace(view: nn.Module, example_input: Tensor | None = None) -> Traced:
     )
 
 
-def _finish(
-    graph: fx.Graph, view: nn.Module, front_end: str, batch: int | None = None
-) -> Traced:
+def _finish(graph: fx.Graph, view: nn.Module, front_end: str, batch: int | None = None) -> Traced:
     _functionalize(graph, view)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
@@ -164,8 +163,15 @@ def _input_name(model: nn.Module) -> str:
     return named[0].name if named else "input"
 
 
-def _symbolic(view: nn.Module) -> fx.Graph:
+def _scratch(view: nn.Module) -> nn.Module:
+    """Return a view to trace, without what an earlier trace of it has kept."""
     scratch = scratch_view(view)
+    scratch._modules.pop(_CONSTANTS, None)
+    return scratch
+
+
+def _symbolic(view: nn.Module) -> fx.Graph:
+    scratch = _scratch(view)
     kept = [f for f in ops.functions() if not f.__module__.startswith("torch.")]
     redirect(scratch, {id(function): _recording(function) for function in kept})
     graph = _Tracer().trace(scratch)
@@ -188,6 +194,7 @@ def _recording(function: Callable) -> Callable:
 
 def _keep_constants(graph: fx.Graph, scratch: nn.Module, view: nn.Module) -> None:
     """Give the view the tensors that the forward made itself, in a module of their own."""
+    view._modules.pop(_CONSTANTS, None)
     constants = nn.Module()
     for node in graph.nodes:
         if node.op == "get_attr" and not _has(view, node.target):
@@ -202,9 +209,14 @@ def _keep_constants(graph: fx.Graph, scratch: nn.Module, view: nn.Module) -> Non
 _CONSTANTS = "_frfx_constants"
 
 
+def has_constants(view: nn.Module) -> bool:
+    """Tell whether some tensors of the forward were computed once, while it was traced."""
+    return _CONSTANTS in view._modules
+
+
 def _export(view: nn.Module, example: Tensor, symbolic_error: Exception) -> Traced:
     """Trace with `torch.export`, and rewrite its lifted parameters as attributes of the view."""
-    scratch = scratch_view(view)
+    scratch = _scratch(view)
     if example.shape[0] == 1:
         example = example.expand(2, *example.shape[1:])  # export takes a size of 1 for a constant
     sizes = {dim: Dim.AUTO for dim in range(example.ndim) if dim != 1}
@@ -237,7 +249,7 @@ def _export(view: nn.Module, example: Tensor, symbolic_error: Exception) -> Trac
             graph.erase_node(node)
         elif node.op == "placeholder":
             size = node.meta["val"].shape[0]
-            batch = size if isinstance(size, int) else None
+            batch = int(size) if is_concrete_int(size) else None
         elif node.target is aten._native_batch_norm_legit_no_training.default:
             _restore_batch_norm(graph, node)
         elif node.op == "output":  # what the forward writes to buffers is an output, too
@@ -300,10 +312,7 @@ def _functionalize(graph: fx.Graph, view: nn.Module) -> None:
             if re.fullmatch(r"[a-z]\w*_", name) and twin is not None:
                 node.target, written = twin, True
         if written and node.args and isinstance(node.args[0], fx.Node):
-            later = {n for n in graph.nodes if n > node}
-            node.args[0].replace_all_uses_with(
-                node, delete_user_cb=lambda n, later=later: n in later
-            )
+            _redirect_later_uses(node.args[0], node)
 
 
 def _redirect_later_uses(overwritten: fx.Node, node: fx.Node) -> None:
@@ -316,6 +325,7 @@ def _redirect_later_uses(overwritten: fx.Node, node: fx.Node) -> None:
 def _qualified_names(graph: fx.Graph) -> dict[fx.Node, str]:
     """Name every node as `torchvision.models.feature_extraction` does."""
     names: dict[fx.Node, str] = {}
+    closing = _last_of_modules(graph)
     for node in graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         path = str(stack[-1][0]) if stack else ""
@@ -323,7 +333,7 @@ def _qualified_names(graph: fx.Graph) -> dict[fx.Node, str]:
             path = ""
         if node.op == "call_module":
             name = str(node.target)
-        elif stack and ops.lookup(node.target) and _is_leaf(stack[-1][1]):
+        elif node in closing and ops.lookup(node.target) and _is_leaf(stack[-1][1]):
             name = path
         else:
             name = f"{path}.{node}" if path else str(node)
@@ -339,14 +349,26 @@ def _qualified_names(graph: fx.Graph) -> dict[fx.Node, str]:
     return names
 
 
+def _last_of_modules(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that give an exported module's value."""
+    last, following = set(), None
+    for node in reversed(graph.nodes):
+        stack = list(node.meta.get("nn_module_stack") or ())
+        if node.op == "call_function" and stack:
+            if stack[-1] != following:
+                last.add(node)
+            following = stack[-1]
+    return last
+
+
 def _is_leaf(module_type: Any) -> bool:
     """Tell whether an exported node came out of one of torch's own modules."""
     name = module_type if isinstance(module_type, str) else module_type.__module__
     return name.startswith("torch.nn.modules") and not name.startswith("torch.nn.modules.container")
 
 
-def check_batch(x: Any) -> None:
-    """Raise `InputError` for what cannot be a batch of inputs."""
+def check_batch(x: Any, size: int | None = None) -> None:
+    """Raise `InputError` for what cannot be a batch of inputs, or has not this size."""
     if not isinstance(x, Tensor):
         raise InputError(f"expected a tensor as the input batch, got {type(x).__name__}")
     if x.is_meta:
@@ -355,3 +377,9 @@ def check_batch(x: Any) -> None:
         raise InputError(f"the input batch has dtype {x.dtype}; give a floating-point tensor")
     if x.ndim == 0 or x.shape[0] == 0:
         raise InputError(f"the input batch of shape {tuple(x.shape)} is empty")
+    if size not in (None, x.shape[0]):
+        raise InputError(
+            f"torch.export has fixed the batch size of this model to {size}, for its forward reads "
+            f"it as a number, as len(x) does; got a batch of {x.shape[0]}. Read x.shape[0] there "
+            "instead, or give batches of that size"
+        )

@@ -118,14 +118,9 @@ def _redirected(value: Any, stand_ins: Mapping[int, Any]) -> Any:
         return functools.partial(function, *args, **_redirected(value.keywords, stand_ins))
     if type(value) is tuple:
         return tuple(_redirected(item, stand_ins) for item in value)
-    if isinstance(value, (list, deque)):
-        twin = copy.copy(value)
-        for i, item in enumerate(value):
-            twin[i] = _redirected(item, stand_ins)
-        return twin
-    if isinstance(value, dict):
-        twin = copy.copy(value)
-        for key, item in value.items():
+    if isinstance(value, (list, deque, dict)):
+        twin: Any = copy.copy(value)
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             twin[key] = _redirected(item, stand_ins)
         return twin
     return copy.copy(value) if isinstance(value, set) else value

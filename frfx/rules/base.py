@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -151,3 +151,9 @@ def one_input(op: Op, *read: str) -> str | None:
     if computed:
         return f"its {' and '.join(computed)} is computed in the graph, not read from the model"
     return None
+
+
+def spans_batch(op: Op, dims: Iterable[int]) -> bool:
+    """Return whether the batch is one of the dimensions, as far as the shapes are known."""
+    batch = {0} if op.input_shapes is None else {0, -len(op.input_shapes[0]) - 1}
+    return not batch.isdisjoint(dims)

@@ -12,7 +12,7 @@ from frfx import vocabulary
 from frfx.errors import TargetError
 from frfx.ops import Op
 from frfx.registry import register_rule
-from frfx.rules.base import Inversion, Rule, one_input
+from frfx.rules.base import Inversion, Rule, one_input, spans_batch
 
 
 def nearest_embedding(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Tensor:
@@ -260,9 +260,14 @@ class SoftmaxRule(Rule):
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "dim")
-        if reason is None and op.arguments["dim"] is None and op.spelling is not torch.nn.Softmax2d:
+        if reason or op.spelling is torch.nn.Softmax2d:
+            return reason
+        dim = op.arguments["dim"]
+        if dim is None:
             return "softmax without a dimension: name that of the classes (dim=1)"
-        return reason
+        if spans_batch(op, [dim]):
+            return "it normalises over the batch, so samples depend on each other"
+        return None
 
     def build(self, op: Op) -> Inversion:
         dim = op.arguments["dim"]

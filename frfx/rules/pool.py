@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from frfx import vocabulary
 from frfx.ops import Op, describe
 from frfx.registry import register_rule
-from frfx.rules.base import Inversion, Rule, one_input
+from frfx.rules.base import Inversion, Rule, one_input, spans_batch
 
 _MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
@@ -241,8 +241,7 @@ class MeanRule(Rule):
         if reason:
             return reason
         dims = _mean_dims(op)
-        batch = {0} if op.input_shapes is None else {0, -len(op.input_shapes[0]) - 1}
-        if not dims or batch.intersection(dims):
+        if not dims or spans_batch(op, dims):
             return "it averages over the batch, so samples depend on each other"
         return None
 

@@ -1,0 +1,217 @@
+"""Every op that cannot be inverted is named at once, with the line that would help."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+import frfx
+
+
+def problems(model: nn.Module, layer: str, **arguments) -> dict[str, frfx.errors.UnsupportedOp]:
+    """Return what cannot be inverted, by path, in the order of the error."""
+    with pytest.raises(frfx.UnsupportedOpsError) as caught:
+        frfx.invert(model, layer, **arguments)
+    paths = [op.path for op in caught.value.ops]
+    assert len(set(paths)) == len(paths)
+    return {op.path: op for op in caught.value.ops}
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    return torchvision.models.resnet18().eval()
+
+
+def test_all_problems_of_a_resnet_at_once(resnet):
+    found = problems(resnet, "layer4.0")
+    assert list(found) == ["layer4.0.relu_1", "layer4.1.conv1", "layer4.1.conv2", "layer4.1.add"]
+    assert [op.op for op in found.values()] == [
+        "relu (torch.nn.ReLU)",
+        "conv (torch.nn.Conv2d)",
+        "conv (torch.nn.Conv2d)",
+        "add (operator.add)",
+    ]
+    fan_out, conv, _, merge = found.values()
+    assert fan_out.reason == (
+        "its value is read by several ops (layer4.1.conv1, layer4.1.add): a branch"
+    )
+    assert conv.reason == "padding (1, 1): only convolutions without padding are covered"
+    assert conv.shapes == "known once there is an input; weight 512x512x3x3"
+    assert conv.remedy == (
+        "policy.override(node='layer4.1.conv1', rule=MyRule()), or "
+        "@frfx.register_rule(torch.nn.Conv2d, overwrite=True) on a subclass of frfx.rules.Rule"
+    )
+    assert merge.reason == "it merges layer4.1.bn2, layer4.0.relu_1: a branch"
+
+
+def test_a_branch_has_a_way_round(resnet):
+    """The line that a branch advises is the longest walk that works."""
+    found = problems(resnet, "layer3.0")
+    remedies = {op.remedy for op in found.values() if op.reason.endswith("a branch")}
+    (remedy,) = remedies
+    assert remedy == (
+        "frfx.invert(model, upto_layer='layer4.1.add'), the first layer behind the branches"
+    )
+    assert frfx.invert(resnet, "layer4.1.add").layer == "layer4.1.add"
+    before = [row.name for row in frfx.layers(resnet)]
+    problems(resnet, before[before.index("layer4.1.add") - 1])
+
+
+def test_stride_and_bypass_of_a_resnet(resnet):
+    found = problems(resnet, "layer3.1")
+    assert found["layer4.0.downsample.0"].reason == "stride (2, 2): only stride 1 is covered"
+    assert "merges layer4.0.bn2, layer4.0.downsample.1" in found["layer4.0.add"].reason
+    found = problems(resnet, "layer4.1.bn1")
+    assert list(found) == ["layer4.1.conv2", "layer4.1.add"]
+    assert found["layer4.1.add"].reason == (
+        "it also reads layer4.0.relu_1, which bypasses the layer: a branch"
+    )
+
+
+def test_shapes_are_given_when_there_is_an_input(resnet):
+    found = problems(resnet, "layer4.0", example_input=torch.randn(1, 3, 64, 64))
+    assert found["layer4.1.conv1"].shapes == "512x2x2 -> 512x2x2; weight 512x512x3x3"
+    assert found["layer4.1.add"].shapes == "512x2x2, 512x2x2 -> 512x2x2"
+
+
+def test_message_has_every_part_of_every_op(resnet):
+    with pytest.raises(frfx.UnsupportedOpsError) as caught:
+        frfx.invert(resnet, "layer2.0")
+    text = str(caught.value)
+    assert text.startswith(f"{len(caught.value.ops)} ops between the layer and the output cannot")
+    for op in caught.value.ops:
+        part = f"{op.path}: {op.op}\n    shapes: {op.shapes}\n    reason: {op.reason}\n"
+        assert f"  {part}    way out: {op.remedy}" in text
+        assert all((op.path, op.op, op.shapes, op.reason, op.remedy))
+
+
+def test_error_survives_pickling_and_copying(resnet):
+    with pytest.raises(frfx.UnsupportedOpsError) as caught:
+        frfx.invert(resnet, "layer4.0")
+    for twin in (pickle.loads(pickle.dumps(caught.value)), copy.deepcopy(caught.value)):
+        assert type(twin) is frfx.UnsupportedOpsError
+        assert twin.ops == caught.value.ops
+        assert str(twin) == str(caught.value)
+
+
+class Zoo(nn.Module):
+    """One op of every kind that has no rule, and some that have one for other arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Conv2d(1, 4, 1)
+        self.dilated = nn.Conv2d(4, 4, 3, dilation=2)
+        self.grouped = nn.Conv2d(4, 4, 1, groups=2)
+        self.mirror = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+        self.overlap = nn.MaxPool2d(3, stride=2)
+        self.norm = nn.GroupNorm(2, 4)
+        self.transposed = nn.ConvTranspose2d(4, 4, 2)
+        self.embed = nn.PixelShuffle(2)
+
+    def forward(self, x):
+        x = self.mirror(self.grouped(self.dilated(self.start(x))))
+        x = self.norm(self.overlap(x))
+        x = torch.erf(self.embed(self.transposed(x)))
+        x = x.cumsum(1) * x
+        return F.normalize(x.flatten(1), dim=1)
+
+
+REASONS = {
+    "dilated": "dilation (2, 2): only dilation 1 is covered",
+    "grouped": "groups 2: only ungrouped convolutions are covered",
+    "mirror": "padding (1, 1): only convolutions without padding are covered",
+    "overlap": "kernel (3, 3) with stride (2, 2): only stride = kernel is covered",
+    "norm": "no rule is registered for it",
+    "transposed": "no rule is registered for it",
+    "embed": "no rule is registered for it",
+    "erf": "its value is read by several ops (cumsum, mul): a branch",
+    "cumsum": "no rule is registered for it",
+    "mul": "it merges cumsum, erf: a branch",
+    "normalize": "no rule is registered for it",
+}
+SPELLINGS = {
+    "norm": "torch.nn.GroupNorm",
+    "transposed": "conv_transpose (torch.nn.ConvTranspose2d)",
+    "erf": "torch.erf",
+    "cumsum": '"cumsum"',
+    "normalize": "torch.nn.functional.normalize",
+}
+
+
+def test_a_zoo_of_problems():
+    found = problems(Zoo().eval(), "start")
+    assert {path: op.reason for path, op in found.items()} == REASONS
+    assert {path: found[path].op for path in SPELLINGS} == SPELLINGS
+    assert found["cumsum"].remedy == (
+        '@frfx.register_rule("cumsum") on a subclass of frfx.rules.Rule'
+    )
+    assert found["norm"].remedy == (
+        "@frfx.register_rule(torch.nn.GroupNorm) on a subclass of frfx.rules.Rule"
+    )
+
+
+def test_the_lines_of_remedies_are_python():
+    """What a message tells the user to write can be written."""
+    for path, op in problems(Zoo().eval(), "start").items():
+        for line in re.findall(r"(?:@frfx\.register_rule|policy\.override|frfx\.invert)\(.*?\)", op.remedy):
+            opened = line.count("(") - line.count(")")
+            compile(line.removeprefix("@") + ")" * opened, path, "eval")
+
+
+def test_batch_statistics_are_a_reason():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)).eval()
+    found = problems(model, "0")
+    assert found["1"].reason.startswith("it normalises with the statistics of the batch")
+
+
+def test_shapes_can_be_the_reason_at_the_first_call():
+    """Adaptive pooling onto a size that does not divide the image."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(18, 4)
+    )
+    inverse = frfx.invert(model, "0")
+    y = torch.arange(2)
+    assert inverse(torch.randn(2, 1, 9, 6), y).shape == (2, 2, 9, 6)
+    with pytest.raises(frfx.UnsupportedOpsError) as caught:
+        inverse(torch.randn(2, 1, 7, 7), y)
+    (op,) = caught.value.ops
+    assert (op.path, op.shapes) == ("1", "2x7x7 -> 2x3x3")
+    assert "windows of unequal size" in op.reason
+    assert inverse(torch.randn(2, 1, 9, 6), y).shape == (2, 2, 9, 6)
+    found = problems(model, "0", example_input=torch.randn(2, 1, 7, 7))
+    assert found["1"].shapes == op.shapes
+
+
+def test_what_lies_before_the_layer_is_no_problem():
+    class Front(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = torch.erf(x).cumsum(1) + torch.roll(x, 1, 0)
+            return self.fc(x)
+
+    x, y = torch.randn(5, 8), torch.arange(5) % 4
+    assert frfx.invert(Front(), "add")(x, y).shape == (5, 8)
+
+
+def test_what_leads_to_no_output_is_no_problem():
+    class Side(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.side = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = torch.tanh(x)
+            torch.erf(self.side(x)).sum()
+            return self.fc(x)
+
+    assert frfx.invert(Side(), "x")(torch.randn(5, 8), torch.arange(5) % 4).shape == (5, 8)

@@ -1,0 +1,233 @@
+"""The user's model is never touched: not by success, not by failure, not by use of the inverse."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from networks_zoo import SUBJECTS, Cnn, batch, snapshot, subject
+from torch import Tensor, nn
+
+import frfx
+from frfx.rules import Inversion, Rule
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::frfx.ModeWarning"),
+    pytest.mark.filterwarnings("ignore::frfx.ConditionWarning"),
+]
+
+subjects = pytest.mark.parametrize("name", SUBJECTS)
+
+
+class Broken(Inversion):
+    """Raises in the middle of a reconstruction."""
+
+    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
+        raise ZeroDivisionError("in the middle")
+
+
+@dataclass(frozen=True)
+class BrokenRule(Rule):
+    """Fails when it is used."""
+
+    def build(self, op) -> Inversion:
+        return Broken()
+
+
+def broken_policy() -> frfx.policy.Policy:
+    """Return a policy whose walk fails at the convolution."""
+    return frfx.policy.paper().override(op=nn.Conv2d, rule=BrokenRule())
+
+
+def fails(error: type[Exception], **arguments) -> Callable[[Cnn], None]:
+    """Return what inverts a model in a way that does not work."""
+
+    def run(model: Cnn) -> None:
+        with pytest.raises(error):
+            frfx.invert(model, **{"upto_layer": "stem", **arguments})
+
+    return run
+
+
+def fails_to_trace(model: Cnn) -> None:
+    """Invert a model that neither front end can follow; restore the switch that makes it so."""
+    model.untraceable = True
+    try:
+        for example in (None, batch()[0]):
+            with pytest.raises(frfx.TraceError):
+                frfx.invert(model, "stem", example_input=example)
+    finally:
+        model.untraceable = False
+
+
+def call(model: Cnn) -> None:
+    """Use the inverse in every way."""
+    inverse = frfx.invert(model, "stem", policy="minimal")
+    for count in (5, 2):
+        inverse(*batch(count))
+    x, _ = batch()
+    inverse(x, model.fc(torch.zeros(5, 64)).detach())
+    inverse.reconstruct(*batch())
+    inverse.refresh()
+    str(inverse.summary())
+    inverse(*batch())
+
+
+def call_wrongly(model: Cnn) -> None:
+    """Give the inverse what it cannot take."""
+    inverse = frfx.invert(model, "stem")
+    x, y = batch()
+    for arguments in ((x[:, :2], y), (x * torch.nan, y), (x, y + 100), (x, y[:2])):
+        with pytest.raises(frfx.FrfxError):
+            inverse(*arguments)
+
+
+def break_in_the_middle(model: Cnn) -> None:
+    """Let a rule raise while the inverse runs."""
+    inverse = frfx.invert(model, "stem", policy=broken_policy())
+    for run in (inverse, inverse.reconstruct):
+        with pytest.raises(ZeroDivisionError, match="in the middle"):
+            run(*batch())
+
+
+def example(model: Cnn) -> None:
+    """Make everything ready at once."""
+    frfx.invert(model, "stem", example_input=batch()[0])
+
+
+ACTIONS: dict[str, Callable[[Cnn], None]] = {
+    "layers": lambda model: frfx.layers(model),
+    "invert": lambda model: frfx.invert(model, "stem"),
+    "invert with an example": example,
+    "call": call,
+    "call wrongly": call_wrongly,
+    "unsupported ops": fails(frfx.UnsupportedOpsError, upto_layer="x"),
+    "unsupported ops, example": fails(
+        frfx.UnsupportedOpsError, upto_layer="x", example_input=batch()[0]
+    ),
+    "unknown layer": fails(frfx.LayerError, upto_layer="steem"),
+    "no such number": fails(frfx.LayerError, upto_layer=9),
+    "unknown backend": fails(frfx.BackendError, backend="cupy"),
+    "unknown policy": fails(frfx.PolicyError, policy="papre"),
+    "bad example": fails(frfx.InputError, example_input=torch.zeros(2, 1, 6, 6)),
+    "trace failure": fails_to_trace,
+    "exception in the middle": break_in_the_middle,
+}
+
+
+@subjects
+@pytest.mark.parametrize("action", ACTIONS)
+def test_model_is_untouched(name, action):
+    model = subject(name)
+    before = snapshot(model)
+    ACTIONS[action](model)
+    assert snapshot(model) == before
+
+
+def copied(inverse: frfx.Inverse) -> None:
+    """Copy the inverse in every way and use the copies."""
+    for twin in (copy.copy(inverse), copy.deepcopy(inverse), pickle.loads(pickle.dumps(inverse))):
+        twin(*batch())
+        twin.double()
+        twin(*batch(dtype=torch.float64))
+
+
+MOVES: dict[str, Callable[[frfx.Inverse], object]] = {
+    "to(float64)": lambda inverse: inverse.to(torch.float64)(*batch(dtype=torch.float64)),
+    "to(cpu)": lambda inverse: inverse.to("cpu")(*batch()),
+    "to(meta)": lambda inverse: inverse.to("meta"),
+    "double": lambda inverse: inverse.double()(*batch(dtype=torch.float64)),
+    "half": lambda inverse: inverse.half(),
+    "bfloat16": lambda inverse: inverse.bfloat16(),
+    "train": lambda inverse: inverse.train()(*batch()),
+    "eval": lambda inverse: inverse.eval()(*batch()),
+    "copies": copied,
+    "state dict": lambda inverse: inverse.state_dict(),
+}
+
+
+@subjects
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])
+@pytest.mark.parametrize("move", MOVES)
+def test_model_is_untouched_when_its_inverse_is_moved(name, called, move):
+    model = subject(name)
+    before = snapshot(model)
+    inverse = frfx.invert(model, "stem")
+    if called:
+        inverse(*batch())
+    MOVES[move](inverse)
+    assert snapshot(model) == before
+
+
+@subjects
+def test_inverse_writes_nothing_of_its_own_to_disk(name):
+    """The state dict holds the model's tensors and nothing that frfx made."""
+    model = subject(name)
+    inverse = frfx.invert(model, "stem")
+    inverse(*batch())
+    assert {key.removeprefix("model.") for key in inverse.state_dict()} == set(model.state_dict())
+
+
+@subjects
+def test_inverse_is_that_of_the_model_in_evaluation_mode(name):
+    """Whatever the mode: the same as of a copy that has been switched to evaluation."""
+    model, switched = subject(name), subject(name)
+    for module in switched.modules():
+        module.training = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", frfx.ModeWarning)
+        expected = frfx.invert(switched, "stem")(*batch())
+    torch.testing.assert_close(frfx.invert(model, "stem")(*batch()), expected, rtol=0, atol=0)
+
+
+def test_forward_of_the_model_still_works_after_a_failure():
+    """Hooks still fire on the model itself, and its own attributes are written to again."""
+    model = subject("HookedCnn")
+    x, _ = batch()
+    expected = model(x)
+    model.activations.clear()
+    with pytest.raises(frfx.UnsupportedOpsError):
+        frfx.invert(model, "x")
+    assert model.activations == {}
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert list(model.activations) == ["stem"]
+
+
+def test_repeated_calls_do_not_fill_the_views_containers():
+    """A forward that collects its activations does not collect those of the inverse's calls."""
+    model = subject("WritingCnn")
+    inverse = frfx.invert(model, "stem")
+    inverse(*batch())
+    held = len(pickle.dumps(inverse))
+    for _ in range(3):
+        inverse(*batch())
+    assert len(pickle.dumps(inverse)) == held
+
+
+def test_snapshot_notices_what_it_is_for():
+    """The oracle itself: each of these changes is seen."""
+
+    def changes(change: Callable[[Cnn], object]) -> bool:
+        model = subject("WritingCnn")
+        before = snapshot(model)
+        change(model)
+        return snapshot(model) != before
+
+    assert not changes(lambda m: None)
+    assert not changes(lambda m: (m.fc.weight + 1, m.state_dict(), str(m)))
+    assert changes(lambda m: m.eval())
+    assert changes(lambda m: m.calls.add_(1))
+    assert changes(lambda m: m.fc.weight.data.mul_(1.5))
+    assert changes(lambda m: m.fc.weight.requires_grad_(False))
+    assert changes(lambda m: m.fc.register_parameter("weight", nn.Parameter(m.fc.weight.detach())))
+    assert changes(lambda m: m.register_buffer("late", torch.zeros(1)))
+    assert changes(lambda m: m.cache.append(1))
+    assert changes(lambda m: m.seen["deep"][0].append(1))
+    assert changes(lambda m: setattr(m, "last", 1))
+    assert changes(lambda m: m.fc.register_forward_hook(lambda *_: None))
+    assert changes(lambda m: m.add_module("act", nn.Tanh()))
