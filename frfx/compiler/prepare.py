@@ -164,7 +164,9 @@ class Preparation(nn.Module):
             key = inversion.key(by_name[next(iter(inversion.op.inputs.values()))])
             needed.add((name, key))
             if key not in inversion.factors:
-                inversion.factors[key] = inversion.factorize(key)
+                # Factors outlive the call: outside of inference mode, autograd may use them.
+                with torch.inference_mode(False), torch.no_grad():
+                    inversion.factors[key] = inversion.factorize(key)
                 self._warn(inversion, key)
             self.used[name, key] = None
             self.used.move_to_end((name, key))

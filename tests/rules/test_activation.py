@@ -280,29 +280,28 @@ def module_of(name, dtype):
 def pairs(name, inside=False):
     """Draw a few pairs of a forward input and a target; `inside` the limits if asked for."""
     case = ACTIVATIONS[name]
-    low, high = case.limits
-    reach = min(case.domain, 30.0) if name != "sinh" else 1e5
-    floor, ceiling = max(low, -reach), min(high, reach)
-    targets = st.floats(floor, ceiling)
+    inputs = st.floats(-case.domain, case.domain) | st.floats(-4, 4)
+    inputs |= st.sampled_from([0.0, -1.0, 1.0, -3.0, 3.0])
+    targets = (st.floats(-4, 4) | inputs).map(lambda v: case.on(np.array([v])).item())
     if inside:
-        targets = targets.filter(lambda y: not case.end_at(y))
+        targets = targets.filter(lambda y: not case.end_at(y) and _is_inside(y, case.limits))
     else:
-        ends = [end for end in (low, high) if math.isfinite(end)]
-        values = [
-            *ends,
-            *(end + s for end in ends for s in (-1e-4, 1e-4, -3.0, 3.0)),
-            0.0,
-            0.5,
-            -0.5,
-        ]
-        targets = targets | st.sampled_from(values) | st.floats(-reach, reach)
+        ends = [end for end in case.limits if math.isfinite(end)]
+        values = [0.0, 0.5, -0.5, *ends]
+        values += [end + s for end in ends for s in (-1e-4, 1e-4, -3.0, 3.0)]
+        targets |= st.sampled_from(values) | st.floats(-case.domain, case.domain)
+        # Closer to an open end, whether the target is limited is up to the rounding.
+        targets = targets.filter(lambda y: y in ends or not case.end_at(y))
     if case.dip is not None:
         # A vanishing target, or one at the minimum, has preimages that no precision resolves.
         targets = targets.filter(
             lambda y: y in (0, case.dip) or min(abs(y), abs(abs(y) - abs(case.dip))) > 1e-3
         )
-    inputs = st.floats(-case.domain, case.domain) | st.sampled_from([0.0, -1.0, 1.0, -3.0, 3.0])
     return st.lists(st.tuples(inputs, targets), min_size=1, max_size=12)
+
+
+def _is_inside(y, limits):
+    return limits[0] <= y <= limits[1]
 
 
 def columns(drawn, dtype):
@@ -409,6 +408,19 @@ def test_spellings(name, spelling):
     x, target = 2 * normal(0, 7, 5), 2 * normal(1, 7, 5)
     expected = inverse_of(name, torch.float64)(x, target)
     assert torch.equal(reconstruct(spelling, x, target), expected)
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [(0.4, 0.420808791), (0.3, 0.420808791), (0.55, 0.6), (5.0, 0.6)],
+)
+def test_softplus_below_the_end_of_its_curve(x, expected):
+    # log(1 + e^(2 v)) / 2 = 0.6 at v = 0.420808791, and beyond v = 0.5 torch goes on as v itself.
+    softplus = nn.Softplus(beta=2, threshold=1)
+    x, target = torch.tensor([[[x]], [[0.6]]], dtype=torch.float64)
+    found = reconstruct(softplus, x, target)
+    assert found.item() == pytest.approx(expected, rel=1e-8)
+    assert softplus(found).item() == pytest.approx(0.6, rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 2), (4, 2, 3)], ids=str)
