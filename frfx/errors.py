@@ -99,3 +99,8 @@ def nearest(name: str, known: Iterable[str], count: int = 5) -> str:
     """Return ` Did you mean 'a', 'b'?` for the known names nearest to `name`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
     return f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """Return an exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

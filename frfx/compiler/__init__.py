@@ -1,1 +1,5 @@
-"""From a model and a layer to the reconstruction graph: view, trace, bind, tail, plan, emit."""
+"""From a model and a layer to the reconstruction graph.
+
+In the order of the walk: view, trace (with symbolic, export, constants, functional, names), bind,
+tail, plan, emit, prepare, inverse.
+"""

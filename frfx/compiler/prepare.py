@@ -13,8 +13,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from frfx.compiler.bind import live_nodes
+from frfx.compiler.constants import has_constants
 from frfx.compiler.plan import Plan
-from frfx.compiler.trace import Traced, check_batch, has_constants, is_output
+from frfx.compiler.trace import Traced, check_batch, is_output
 from frfx.errors import (
     ConditionWarning,
     InputError,
@@ -69,7 +70,7 @@ _steps = WeakTensorKeyDictionary()
 def _count_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     del args, kwargs
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
+        for parameter in group["params"] if group.get("fused") else ():
             if parameter.grad is not None:
                 _steps[parameter] = _steps.get(parameter, 0) + 1
 

@@ -1,0 +1,70 @@
+"""Tracing with torch.export: follows what symbolic tracing cannot, for an example input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import OutputKind
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.nn import functional as F
+
+from frfx.compiler.constants import has_path, keep_constants, scratch_to_trace
+
+aten = torch.ops.aten
+
+
+def trace_by_export(view: nn.Module, example: Tensor) -> tuple[fx.Graph, int | None]:
+    """Trace with `torch.export`, and rewrite its lifted parameters as attributes of the view.
+
+    Returns:
+        The graph, and the only batch size that it fits; None for all.
+    """
+    scratch = scratch_to_trace(view)
+    if example.shape[0] == 1:
+        example = example.expand(2, *example.shape[1:])  # export takes a size of 1 for a constant
+    sizes = {dim: Dim.AUTO for dim in range(example.ndim) if dim != 1}
+    program = torch.export.export(
+        scratch, (example,), dynamic_shapes=(sizes,), strict=False
+    ).run_decompositions({})
+    graph, signature = program.graph, program.graph_signature
+    graph.owning_module = None  # its attributes are the view's from here on
+    lifted = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    for name, value in program.constants.items():
+        if name in lifted.values() and not has_path(scratch, name):
+            scratch.register_buffer(name, value, persistent=False)
+    batch = None
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name in lifted:
+            with graph.inserting_before(node):
+                attribute = graph.get_attr(lifted[node.name])
+            attribute.meta.update(node.meta)
+            node.replace_all_uses_with(attribute)
+            graph.erase_node(node)
+        elif node.op == "placeholder":
+            size = node.meta["val"].shape[0]
+            batch = int(size) if is_concrete_int(size) else None
+        elif node.target is aten._native_batch_norm_legit_no_training.default:
+            _restore_batch_norm(graph, node)
+        elif node.op == "output":  # what the forward writes to buffers is an output, too
+            kinds = [spec.kind for spec in signature.output_specs]
+            pairs = zip(node.args[0], kinds, strict=True)
+            outputs = tuple(value for value, kind in pairs if kind is OutputKind.USER_OUTPUT)
+            node.args = outputs if len(outputs) == 1 else (outputs,)
+    keep_constants(graph, scratch, view)
+    return graph, batch
+
+
+def _restore_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
+    x, weight, bias, mean, var, momentum, eps = node.args
+    with graph.inserting_before(node):
+        norm = graph.call_function(F.batch_norm, (x, mean, var, weight, bias, False, momentum, eps))
+    norm.meta.update(node.meta)
+    for user in list(node.users):
+        user.replace_all_uses_with(norm)
+        graph.erase_node(user)
+    graph.erase_node(node)

@@ -1,0 +1,49 @@
+"""A traced graph without writes in place."""
+
+from __future__ import annotations
+
+import operator
+import re
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from frfx.compiler.view import writes_in_place
+
+_OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def functionalize(graph: fx.Graph, view: nn.Module) -> None:
+    """Replace writes in place, which would destroy forward values that the inverse needs.
+
+    What reads the overwritten value later reads the new one instead.
+    """
+    for node in list(graph.nodes):
+        written = node.op == "call_module" and writes_in_place(view.get_submodule(node.target))
+        if node.op in ("call_function", "call_method") and node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+            written = True
+        if node.op == "call_method" and re.fullmatch(r"[a-z]\w*_", node.target):
+            node.target, written = node.target[:-1], True
+        elif node.op == "call_function" and node.target in _OUT_OF_PLACE:
+            node.target, written = _OUT_OF_PLACE[node.target], True
+        elif node.op == "call_function":
+            name = getattr(node.target, "__name__", "")
+            twin = next((getattr(m, name[:-1]) for m in (F, torch) if hasattr(m, name[:-1])), None)
+            if re.fullmatch(r"[a-z]\w*_", name) and twin is not None:
+                node.target, written = twin, True
+        if written and node.args and isinstance(node.args[0], fx.Node):
+            _redirect_later_uses(node.args[0], node)
+
+
+def _redirect_later_uses(overwritten: fx.Node, node: fx.Node) -> None:
+    def is_later(user: fx.Node) -> bool:
+        return user > node
+
+    overwritten.replace_all_uses_with(node, delete_user_cb=is_later)

@@ -1,0 +1,85 @@
+"""Symbolic tracing with torch.fx: keeps the user's modules, fits any batch and image size."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from frfx import ops
+from frfx.compiler.constants import keep_constants, scratch_to_trace
+from frfx.compiler.view import redirect
+from frfx.errors import TraceError
+
+
+def trace_symbolically(view: nn.Module) -> fx.Graph:
+    """Trace a view with torch.fx; the graph's attributes are the view's."""
+    scratch = scratch_to_trace(view)
+    kept = [f for f in ops.functions() if not f.__module__.startswith("torch.")]
+    redirect(scratch, {id(function): _recording(function) for function in kept})
+    graph = _Tracer().trace(scratch)
+    keep_constants(graph, scratch, view)
+    return graph
+
+
+def _recording(function: Callable) -> Callable:
+    """Return a function for attributes to hold: where it meets a proxy, it is kept whole."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, fx.Proxy):
+                return value.tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+class _Tracer(fx.Tracer):
+    """Keeps modules and functions that spell an op whole; leaves optional arguments at defaults."""
+
+    def __init__(self) -> None:
+        functions = ops.functions()
+        super().__init__(autowrap_functions=functions)
+        # A function is replaced where it is called by name: in the module that calls it, which fx
+        # sees to, and as an attribute of the one that defines it.
+        homes = {f.__module__ for f in functions if not f.__module__.startswith("torch.")}
+        self._autowrap_search += [sys.modules[home] for home in homes if home in sys.modules]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) in ops.module_classes():
+            return True
+        return not is_parametrized(m) and super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self, root_fn: Callable, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable, list]:
+        del root_fn, is_module, concrete_args
+        name = input_name(self.root)
+        # Called through the instance: some models replace `forward` there.
+        return lambda root, x: root.forward(x), [
+            self.root,
+            self.create_proxy("placeholder", name, (), {}, type_expr=Tensor),
+        ]
+
+
+def input_name(model: nn.Module) -> str:
+    """Return the name of the model's one required argument."""
+    kinds = inspect.Parameter
+    named = [
+        p
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    ]
+    required = [p.name for p in named if p.default is kinds.empty]
+    if len(required) > 1:
+        raise TraceError(
+            f"{type(model).__name__}.forward needs {', '.join(required)}; only models of one input "
+            "tensor can be inverted: wrap the model in one that fixes the other arguments"
+        )
+    return named[0].name if named else "input"

@@ -1,0 +1,315 @@
+"""Policies are values: they choose rules and options, and complain of what does not exist."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import frfx
+from frfx import policy
+from frfx.rules import LinearRule, MaxPoolCopyRule, MaxPoolMinimalRule, OneHotRule, ReluIdentityRule
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(2, 3, 2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(27, 6),
+        nn.Tanh(),
+        nn.Linear(6, 4),
+    ).requires_grad_(False)
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randn(5, 1, 10, 10), torch.arange(5) % 4
+
+
+def rules(chosen, layer="input") -> dict:
+    """Return the rule at every node."""
+    steps = frfx.invert(network(), layer, policy=chosen).plan.steps
+    return {step.op.path: step.rule for step in steps}
+
+
+# --- the named policies ---
+
+
+def test_named_policies_differ_where_they_should():
+    paper, minimal = rules("paper"), rules("minimal")
+    assert type(paper["2"]) is MaxPoolCopyRule
+    assert type(minimal["2"]) is MaxPoolMinimalRule
+    assert type(paper["1"]) is ReluIdentityRule
+    assert str(minimal["1"]) == "ElementwiseRule(relu)"
+    assert paper["argmax"].label_margin == 0
+    assert minimal["argmax"].label_margin == 0.5
+    for node in ("8", "7", "6", "5", "4", "3", "0"):
+        assert paper[node] == minimal[node]
+
+
+@pytest.mark.parametrize("name", ["paper", "minimal"])
+def test_strings_are_short_for_the_values(name):
+    value = getattr(frfx.policy, name)()
+    assert policy.resolve(name) == value
+    assert policy.resolve(value) is value
+    x, y = batch()
+    expected = frfx.invert(network(), 0, policy=value)(x, y)
+    torch.testing.assert_close(frfx.invert(network(), 0, policy=name)(x, y), expected)
+
+
+def test_paper_is_the_default():
+    x, y = batch()
+    torch.testing.assert_close(
+        frfx.invert(network(), 0)(x, y), frfx.invert(network(), 0, policy="paper")(x, y)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("papre", "no policy 'papre'. Did you mean 'paper'? Known: 'paper', 'minimal'"),
+        ("", "no policy ''. Known: 'paper', 'minimal'"),
+        (3, "no policy 3. Known: 'paper', 'minimal'"),
+        (None, "no policy None. Known: 'paper', 'minimal'"),
+        (policy.paper, "no policy <function paper"),
+    ],
+)
+def test_unknown_policies(name, text):
+    with pytest.raises(frfx.PolicyError) as caught:
+        frfx.invert(network(), 0, policy=name)
+    assert str(caught.value).startswith(text)
+
+
+# --- options ---
+
+
+def test_options_reach_the_rules_that_take_them():
+    found = rules(policy.paper(label_margin=0.25, clamp_margin=0.01, rcond=1e-3, damping=1e-2))
+    assert found["argmax"].label_margin == 0.25
+    assert found["7"].clamp_margin == found["4"].clamp_margin == 0.01
+    for node in ("8", "6", "3", "0"):
+        assert (found[node].rcond, found[node].damping) == (1e-3, 1e-2)
+
+
+def test_minimal_takes_its_margin():
+    assert rules(policy.minimal(margin=2.0))["argmax"].label_margin == 2.0
+
+
+def test_damping_bounds_the_deviation():
+    """Behaviour, not just values: more damping, less deviation."""
+    x, y = batch()
+    feature = frfx.invert(network(), "3").reconstruct(x, y)["3"].forward
+    deviations = [
+        (frfx.invert(network(), "3", policy=policy.paper(damping=d))(x, y) - feature).norm()
+        for d in (0.0, 1e-2, 1.0, 1e4)
+    ]
+    assert deviations == sorted(deviations, reverse=True)
+    assert deviations[-1] < 1e-3 * deviations[0]
+
+
+def test_label_margin_lets_the_label_win():
+    x, y = batch()
+    for margin in (0.1, 1.0):
+        result = frfx.invert(network(), "8", policy=policy.minimal(margin=margin))(x, y)
+        own = result.gather(1, y[:, None])
+        others = result.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True)
+        assert (own - others >= margin - 1e-5).all()
+
+
+def test_unknown_option_gets_the_nearest():
+    with pytest.raises(frfx.PolicyError) as caught:
+        policy.paper().override(node="8", dampening=1.0)
+    text = str(caught.value)
+    assert text.startswith("no rule takes an option 'dampening'. Did you mean 'damping'")
+    assert "Options: " in text
+    assert all(name in text for name in ("clamp_margin", "damping", "label_margin", "rcond"))
+    with pytest.raises(frfx.PolicyError, match="no rule takes an option 'speed'"):
+        policy.Policy("paper", {"speed": 1})
+
+
+@pytest.mark.parametrize("name", ["label_margin", "clamp_margin", "rcond", "damping"])
+@pytest.mark.parametrize("value", [-1e-9, -1, math.nan, math.inf, "large", [1.0]])
+def test_values_that_make_no_sense(name, value):
+    text = f"{name} is a finite number from 0 on, not"
+    with pytest.raises(frfx.PolicyError, match=text):
+        policy.paper(**{name: value})
+    with pytest.raises(frfx.PolicyError, match=text):
+        policy.minimal().override(op=nn.Linear, **{name: value})
+
+
+def test_only_rcond_may_be_none():
+    assert policy.paper(rcond=None).options["rcond"] is None
+    with pytest.raises(frfx.PolicyError, match="damping is a finite number"):
+        policy.paper(damping=None)
+
+
+# --- overrides ---
+
+
+@pytest.mark.parametrize("op", [nn.Linear, nn.functional.linear, torch.ops.aten.linear.default])
+def test_override_by_op(op):
+    found = rules(policy.paper(rcond=1e-4).override(op=op, damping=0.5))
+    for node in ("8", "6"):
+        assert (found[node].damping, found[node].rcond) == (0.5, 1e-4)
+    assert found["3"].damping == 0.0
+
+
+def test_override_by_node():
+    found = rules(policy.paper().override(node="6", damping=0.5))
+    assert found["6"].damping == 0.5
+    assert found["8"].damping == 0.0
+
+
+def test_node_wins_over_op():
+    chosen = policy.paper().override(node="6", damping=0.1).override(op=nn.Linear, damping=0.2)
+    found = rules(chosen.override(op=nn.Linear, rcond=1e-2))
+    assert (found["6"].damping, found["6"].rcond) == (0.1, 1e-2)
+    assert (found["8"].damping, found["8"].rcond) == (0.2, 1e-2)
+
+
+def test_later_overrides_add_to_earlier_ones():
+    chosen = policy.paper().override(node="6", damping=0.1).override(node="6", rcond=1e-2)
+    assert rules(chosen)["6"] == LinearRule(rcond=1e-2, damping=0.1)
+    assert rules(chosen.override(node="6", damping=0.3))["6"].damping == 0.3
+
+
+def test_override_with_a_rule():
+    chosen = policy.paper().override(op=torch.argmax, rule=OneHotRule())
+    assert rules(chosen)["argmax"] == OneHotRule()
+    x, y = batch()
+    result = frfx.invert(network(), "8", policy=chosen)(x, y)
+    torch.testing.assert_close(result, nn.functional.one_hot(y, 4).float())
+
+
+def test_override_of_the_unsaid_argmax_by_name():
+    chosen = policy.minimal().override(node="argmax", label_margin=3.0)
+    assert rules(chosen)["argmax"].label_margin == 3.0
+
+
+def test_rule_by_op_and_options_by_node():
+    rule = LinearRule(rcond=1e-2)
+    chosen = policy.paper(damping=0.7).override(op=nn.Linear, rule=rule)
+    assert rules(chosen)["8"] == rule  # the policy's own options are none of a given rule
+    chosen = chosen.override(node="6", damping=0.3)
+    assert rules(chosen)["6"] == LinearRule(rcond=1e-2, damping=0.3)
+    assert rules(chosen)["8"] == rule
+
+
+def test_nodes_are_named_as_layers_lists_them():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+        def forward(self, x):
+            return self.body(self.body(x))
+
+    chosen = policy.paper().override(node="body.0_1", damping=0.5)
+    steps = frfx.invert(Twice(), "x", policy=chosen).plan.steps
+    damping = {step.op.path: getattr(step.rule, "damping", None) for step in steps}
+    assert (damping["body.0_1"], damping["body.0"]) == (0.5, 0.0)
+
+
+def test_unknown_node_gets_the_nearest():
+    model = nn.Sequential()
+    for name in ("first", "second", "third"):
+        model.add_module(name, nn.Linear(4, 4))
+    chosen = policy.paper().override(node="thirt", damping=1.0)
+    with pytest.raises(frfx.PolicyError) as caught:
+        frfx.invert(model, "first", policy=chosen)
+    assert str(caught.value) == (
+        "the policy overrides 'thirt', which is no node between the layer and the output. "
+        "Did you mean 'third'?"
+    )
+    with pytest.raises(frfx.PolicyError, match="overrides 'first', which is no node between"):
+        frfx.invert(model, "first", policy=policy.paper().override(node="first", damping=1.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"damping": 1.0}, "name either an op or a node"),
+        ({"op": nn.Linear, "node": "6", "damping": 1.0}, "name either an op or a node"),
+        ({"node": "6", "rule": LinearRule}, "a rule is an instance of frfx.rules.Rule, not <class"),
+        ({"node": "6", "rule": "dense"}, "a rule is an instance of frfx.rules.Rule, not 'dense'"),
+        (
+            {"node": "6", "rule": LinearRule(), "damping": 1.0},
+            r"give the options to the rule itself, as in LinearRule\(damping=1e-2\)",
+        ),
+    ],
+)
+def test_bad_overrides(arguments, text):
+    with pytest.raises(frfx.PolicyError, match=text):
+        policy.paper().override(**arguments)
+
+
+def test_rule_that_does_not_fit_is_a_reason():
+    """A rule of another op says so instead of computing nonsense, or is asked in vain."""
+    chosen = policy.paper().override(node="2", rule=frfx.rules.ConvolutionRule())
+    with pytest.raises(frfx.UnsupportedOpsError) as caught:
+        frfx.invert(network(), "1", policy=chosen)
+    assert [op.path for op in caught.value.ops] == ["2"]
+
+
+# --- values ---
+
+
+@pytest.fixture(params=["paper", "minimal", "overridden"])
+def value(request) -> policy.Policy:
+    if request.param != "overridden":
+        return policy.resolve(request.param)
+    chosen = policy.minimal(damping=0.1).override(node="6", rcond=0.2)
+    return chosen.override(op=nn.Conv2d, rule=frfx.rules.ConvolutionRule(damping=0.3))
+
+
+def test_overriding_leaves_the_original_alone(value):
+    before = copy.deepcopy(value)
+    value.override(node="6", damping=0.9)
+    value.override(op=nn.Conv2d, damping=0.9)
+    assert value == before
+
+
+def test_values_cannot_be_assigned_to(value):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        value.principle = "other"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        value.options = {}
+
+
+def test_values_compare_by_content(value):
+    assert value == copy.deepcopy(value)
+    assert value != value.override(node="8", damping=0.9)
+    assert policy.paper() == policy.paper()
+    assert policy.paper() != policy.minimal()
+
+
+def test_values_survive_pickling(value):
+    twin = pickle.loads(pickle.dumps(value))
+    assert twin == value
+    x, y = batch()
+    expected = frfx.invert(network(), 0, policy=value)(x, y)
+    torch.testing.assert_close(frfx.invert(network(), 0, policy=twin)(x, y), expected)
+
+
+def test_rules_are_values():
+    assert LinearRule(damping=0.1) == LinearRule(damping=0.1)
+    assert len({LinearRule(), LinearRule(), LinearRule(rcond=1.0)}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LinearRule().damping = 1.0
+
+
+def test_policy_may_serve_several_networks():
+    chosen = policy.minimal().override(op=nn.Linear, damping=1e-3)
+    x, y = batch()
+    for layer in ("input", 1, 2, 3, "8"):
+        assert frfx.invert(network(), layer, policy=chosen)(x, y).isfinite().all()
