@@ -72,9 +72,9 @@ def invert(
                 targets.append(nodes[inverse.layer].target)
                 forwards.append(nodes[inverse.layer].forward)
         if code:
-            console.print(inverse.code)
-        console.print(_table(str(inverse.summary().head), inverse.summary().cells()))
-        console.print(str(frfx.Measurement.cat(parts)))
+            console.print(inverse.code, highlight=False, markup=False, soft_wrap=True)
+        console.print(str(inverse.summary()), highlight=False, soft_wrap=True)
+        console.print(str(frfx.Measurement.cat(parts)), highlight=False, soft_wrap=True)
         if output is not None:
             from safetensors.torch import save_file
 
@@ -157,13 +157,6 @@ def run_demo(
 
 def _layer(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
-
-
-def _table(title: str, cells: list[list[str]]) -> Table:
-    table = Table(*cells[0], title=title)
-    for row in cells[1:]:
-        table.add_row(*row)
-    return table
 
 
 @contextlib.contextmanager

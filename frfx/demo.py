@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,6 +40,30 @@ def run(data_set: str, output: Path, *, runs: int, epochs: int, console: Console
     train, test = data.load(data_set, split="train"), data.load(data_set, split="test")
     name = _network_for(kind, train)
     console.print(f"{data_set}: {len(train):,} training and {len(test):,} test images")
+    with _threads(1 if name == "digits" else torch.get_num_threads()):
+        _run(name, train, test, output, runs, epochs, console)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Use so many threads: over a network as small as that for digits they only contend."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(
+    name: str,
+    train: data.Images,
+    test: data.Images,
+    output: Path,
+    runs: int,
+    epochs: int,
+    console: Console,
+) -> None:
     model = train_baseline(name, train, test, console)
     models.save_weights(model, output / f"{name}.safetensors")
     console.print(str(frfx.layers(model)), highlight=False, soft_wrap=True)

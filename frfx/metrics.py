@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from frfx.compiler.emit import forward_module
 from frfx.compiler.inverse import Inverse
+from frfx.compiler.trace import Traced
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -33,7 +33,7 @@ class NodeResidual:
     @property
     def relative(self) -> float:
         """The mean over samples of `||f(x*) - y*|| / ||y^||`."""
-        return float((self.residual / self.scale.clamp(min=torch.finfo(torch.float64).tiny)).mean())
+        return float(_ratio(self.residual, self.scale).mean())
 
 
 @dataclass(frozen=True)
@@ -128,18 +128,18 @@ def measure(inverse: Inverse, x: Tensor, labels: Tensor) -> Measurement:
     traced, tail = inverse.traced, inverse.plan.tail
     consistent = None
     if not labels.is_floating_point():
-        (logits,) = forward_module(traced, (tail.logits,), (tail.cut,))(x, feature.target)
+        logits = _forward_value(traced, tail.logits, {traced.input: x, tail.cut: feature.target})
         consistent = logits.argmax(-1) == labels
     residuals = []
     for step in inverse.plan.steps:
         if step.node is None or step.op.path not in nodes:
             continue
-        reached = [nodes[traced.paths[node]].target for node in step.inputs]
         values = nodes[step.op.path]
         if not values.target.is_floating_point():
             continue
-        given = [v.to(values.forward.dtype) for v in reached]
-        (again,) = forward_module(traced, (step.node,), step.inputs)(x, *given)
+        reached = {node: nodes[traced.paths[node]].target for node in step.inputs}
+        given = {node: value.to(values.forward.dtype) for node, value in reached.items()}
+        again = _forward_value(traced, step.node, {traced.input: x, **given})
         residuals.append(
             NodeResidual(
                 step.op.path,
@@ -148,10 +148,30 @@ def measure(inverse: Inverse, x: Tensor, labels: Tensor) -> Measurement:
                 _norms(values.forward.double()),
             )
         )
-    deviation = _norms(feature.target.double() - feature.forward.double())
-    size = _norms(feature.forward.double()).clamp(min=torch.finfo(torch.float64).tiny)
-    return Measurement(inverse.layer, consistent, deviation / size, tuple(residuals))
+    moved = _norms(feature.target.double() - feature.forward.double())
+    deviation = _ratio(moved, _norms(feature.forward.double()))
+    return Measurement(inverse.layer, consistent, deviation, tuple(residuals))
+
+
+def _forward_value(traced: Traced, node: fx.Node, given: dict[fx.Node, Tensor]) -> Tensor:
+    """Compute a value of the forward pass from other values of it."""
+    run = fx.Interpreter(traced.root, garbage_collect_values=False, graph=traced.graph)
+    run.env, needed, waiting = dict(given), set(), [node]
+    while waiting:
+        if (wanted := waiting.pop()) not in given and wanted not in needed:
+            needed.add(wanted)
+            waiting += wanted.all_input_nodes
+    for step in traced.graph.nodes:
+        if step in needed:
+            run.env[step] = run.run_node(step)
+    return run.env[node]
 
 
 def _norms(values: Tensor) -> Tensor:
-    return values.flatten(1).norm(dim=1)
+    """Return the norm of every sample, shape (N,)."""
+    return values.reshape(len(values), -1).norm(dim=1)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Return `part / whole`; nothing of nothing is 0."""
+    return torch.where(part == 0, 0, part / whole)

@@ -264,7 +264,9 @@ class Overflowing(nn.Module):
 
 def test_overflow_on_the_way_forward():
     text = message(errors.NonFiniteError, frfx.invert(Overflowing(), "flatten"), *batch())
-    assert text == "'mul_1': its output holds NaN or infinity, though its input and weights are finite"
+    assert (
+        text == "'mul_1': its output holds NaN or infinity, though its input and weights are finite"
+    )
 
 
 class Asinh(nn.Module):
@@ -393,7 +395,9 @@ def test_damping_in_the_way_out_of_the_warning():
 
 @pytest.mark.parametrize("policy", ["paper", "minimal"])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)], ids=["half", "bfloat16"]
+    ("dtype", "tolerance"),
+    [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)],
+    ids=["half", "bfloat16"],
 )
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_half_precision(layer, dtype, tolerance, policy):
@@ -404,7 +408,10 @@ def test_half_precision(layer, dtype, tolerance, policy):
     x = x.to(dtype)
     result = frfx.invert(model, layer, policy=policy)(x, y)
     assert result.dtype == dtype
-    assert relative(result.double(), frfx.invert(wide, layer, policy=policy)(x.double(), y)) < tolerance
+    assert (
+        relative(result.double(), frfx.invert(wide, layer, policy=policy)(x.double(), y))
+        < tolerance
+    )
 
 
 def test_half_precision_is_solved_in_single():
@@ -492,7 +499,7 @@ def test_lazy_model():
 
 
 def test_models_without_python():
-    x, y = batch()
+    x, _ = batch()
     for model in (torch.jit.script(network()), torch.jit.trace(network(), x)):
         text = message(errors.ModelError, frfx.invert, model, 0)
         assert "scripted model" in text
@@ -593,7 +600,10 @@ class Constant(nn.Module):
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (Pair(), "the model returns more than one tensor; wrap it in a module that returns the one"),
+        (
+            Pair(),
+            "the model returns more than one tensor; wrap it in a module that returns the one",
+        ),
         (Constant(), "the model's output does not depend on its input"),
     ],
 )

@@ -1,5 +1,7 @@
 """The three numbers against their definitions."""
 
+import linecache
+
 import pytest
 import torch
 
@@ -77,6 +79,35 @@ def test_batches_together_are_the_whole(model, batch):
     for a, b in zip(parts.residuals, whole.residuals, strict=True):
         torch.testing.assert_close(a.residual, b.residual)
     assert str(parts) == str(whole)
+
+
+def test_outputs_of_one_number_a_sample():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    model.append(torch.nn.Flatten(0)).double()
+    x, target = torch.randn(30, 5).double(), torch.randn(30).double()
+    found = frfx.measure(frfx.invert(model, 1), x, target)
+    assert [r.node for r in found.residuals] == ["3", "2"]
+    assert found.residuals[-1].relative < 1e-12
+    assert found.deviation.shape == (30,)
+
+
+def test_nothing_of_nothing_is_no_deviation():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    torch.nn.init.constant_(model[0].bias, -100)
+    x = torch.randn(6, 5)
+    deviation = frfx.measure(frfx.invert(model, 1, policy="minimal"), x, model(x)).deviation
+    assert torch.equal(deviation, torch.zeros(6).double())
+    target = model(x).detach() + 1
+    deviation = frfx.measure(frfx.invert(model, 1, policy="minimal"), x, target).deviation
+    assert deviation.isinf().all()
+
+
+def test_measuring_compiles_no_code(model, batch):
+    inverse = frfx.invert(model, 0)
+    frfx.measure(inverse, *batch)
+    before = len(linecache.cache)
+    frfx.measure(inverse, *batch)
+    assert len(linecache.cache) == before
 
 
 def test_the_input_as_layer(model, batch):

@@ -31,6 +31,19 @@ def test_factory_in_a_file(tmp_path):
     path.write_text("def tiny():\n    return 3\n")
     with pytest.raises(frfx.ModelError, match="returned int, not a module"):
         models.load_model(f"{path}:tiny")
+    path.write_text("def tiny(width, *, depth, kernel=3):\n    return 3\n")
+    with pytest.raises(frfx.ModelError, match="tiny needs width, depth"):
+        models.load_model(f"{path}:tiny")
+
+
+def test_a_file_with_a_dataclass(tmp_path):
+    path = tmp_path / "nets.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport torch\n"
+        "@dataclass\nclass Config:\n    width: int = 3\n"
+        "def tiny():\n    return torch.nn.Linear(Config().width, 2)\n"
+    )
+    assert models.load_model(f"{path}:tiny").in_features == 3
 
 
 @pytest.mark.parametrize(
@@ -39,6 +52,7 @@ def test_factory_in_a_file(tmp_path):
         ("mnist", "expected paper:NAME"),
         ("paper:mnits", "Did you mean 'mnist'"),
         ("torchvision:resnet19", "Did you mean 'resnet"),
+        ("torchvision:fcn_resnet50", "no classifier"),
         ("nowhere.py:factory", "no file 'nowhere.py'"),
     ],
 )
@@ -57,5 +71,28 @@ def test_weights_that_do_not_fit(tmp_path):
 
 def test_pickled_code_is_not_run(tmp_path):
     torch.save({"a": networks.build("digits")}, tmp_path / "model.pt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+    with pytest.raises(frfx.ModelError, match=r"[Ww]eights.only.*state dict is expected"):
         models.load_model("paper:digits", tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("name", ["page.safetensors", "page.pt"])
+def test_files_that_are_no_weights(tmp_path, name):
+    (tmp_path / name).write_text("<html>not found</html>")
+    with pytest.raises(frfx.ModelError, match=f"{name}' cannot be read as weights"):
+        models.load_model("paper:digits", tmp_path / name)
+
+
+def test_a_tensor_is_no_state_dict(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(frfx.ModelError, match="do not fit"):
+        models.load_model("paper:digits", tmp_path / "tensor.pt")
+
+
+@pytest.mark.parametrize("name", ["tied.safetensors", "tied.pt"])
+def test_tied_weights_are_saved(tmp_path, name):
+    tied = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    tied[2].weight = tied[0].weight
+    models.save_weights(tied, tmp_path / name)
+    twin = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    models._load_weights(twin, tmp_path / name)
+    assert torch.equal(twin[2].weight, tied[0].weight)

@@ -7,7 +7,6 @@ import math
 import pickle
 import sys
 import types
-from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -60,12 +59,9 @@ class Whole(nn.Module):
 
 
 class PassInversion(Inversion):
-    """Returns the target, and counts how often."""
-
-    calls = Counter()
+    """Returns the target."""
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
-        self.calls["all"] += 1
         return target
 
 
@@ -290,8 +286,7 @@ def test_nearest_preimage_of_a_function_that_is_not_injective():
     )
     x, y = batch()
     found = frfx.invert(Net(torch.square), "first", policy="minimal").reconstruct(x, y)
-    before = found["first"].forward
-    assert torch.equal(found.feature.sign(), before.sign())
+    assert (found.feature * found["first"].forward >= 0).all()  # the root on the same side
     torch.testing.assert_close(found.feature**2, found["square"].target.clamp(min=0))
 
 
@@ -330,10 +325,8 @@ def test_rule_for_a_users_module():
     inverse = frfx.invert(Net(Whole()), "first")
     assert [row.node for row in inverse.summary()] == ["argmax", "last", "op"]
     assert inverse.summary()[2].rule == "PassRule"
-    PassInversion.calls.clear()
     found = inverse.reconstruct(*batch())
     torch.testing.assert_close(found.feature, found["op"].target)
-    assert PassInversion.calls["all"] == 1
 
 
 def test_options_of_a_users_rule_come_from_the_policy():

@@ -78,20 +78,15 @@ def emit(traced: Traced, plan: Plan) -> Emitted:
     return Emitted(graph, inversions, tuple(stages), cut.name)
 
 
-def forward_module(
-    traced: Traced, outputs: tuple[fx.Node, ...], given: tuple[fx.Node, ...] = ()
-) -> fx.GraphModule:
+def forward_module(traced: Traced, outputs: tuple[fx.Node, ...]) -> fx.GraphModule:
     """Return a module that computes some values of the forward pass.
 
     Args:
         traced: The network.
         outputs: The nodes whose values are returned, as a tuple.
-        given: Nodes whose values are not computed but passed, after the input batch.
     """
     graph = fx.Graph()
-    known = {traced.input: graph.placeholder(traced.input.name)}
-    known |= {node: graph.placeholder(f"{node.name}_given") for node in given}
-    copies = _copy_forward(traced, graph, known)
+    copies = _copy_forward(traced, graph, {traced.input: graph.placeholder("x")})
     graph.output(tuple(copies[node] for node in outputs))
     _forget_unused(graph)
     root = nn.Module()

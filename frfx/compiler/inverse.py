@@ -97,8 +97,7 @@ class Summary(Sequence[SummaryRow]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def cells(self) -> list[list[str]]:
-        """Return the table as text, the heading first."""
+    def _cells(self) -> list[list[str]]:
         heading = ["node", "op", "rule", "solver", "shapes", "condition"]
         rows = [
             [r.node, r.op, r.rule, r.solver, r.shapes or "at the first call", _show(r.condition)]
@@ -107,7 +106,7 @@ class Summary(Sequence[SummaryRow]):
         return [heading, *rows]
 
     def __str__(self) -> str:
-        cells = self.cells()
+        cells = self._cells()
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = (
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

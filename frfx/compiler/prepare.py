@@ -22,6 +22,7 @@ from frfx.errors import (
     NonFiniteError,
     TargetError,
     TraceMismatchError,
+    first_line,
 )
 from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Shape
@@ -199,8 +200,13 @@ class Preparation(nn.Module):
         return shapes
 
     def _verify(self, output: Tensor, x: Tensor) -> None:
-        with torch.autocast(x.device.type, enabled=False):
-            same = is_output(output, self.traced, x)
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                same = is_output(output, self.traced, x)
+        except Exception as error:  # a check in its forward, which the graph does not hold
+            raise InputError(
+                f"the model itself refuses a batch of shape {tuple(x.shape)}: {first_line(error)}"
+            ) from error
         if not same:
             raise TraceMismatchError(
                 f"the graph that {self.traced.front_end} traced does not compute what the model "

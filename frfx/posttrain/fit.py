@@ -27,7 +27,7 @@ class EpochRecord:
 
     Attributes:
         epoch: Counted from 1.
-        loss: The mean over samples of the total loss (Eq. 3).
+        loss: The mean over samples, of all processes, of the total loss (Eq. 3).
         classification: The mean of Eq. 1; None where alpha is 1.
         reconstruction: The mean of Eq. 2; None where alpha is 0.
         val_accuracy: The share of right predictions on `val_loader` after the epoch, if given.
@@ -79,8 +79,12 @@ def post_train(
             one pass over the loader in memory, as the paper does; the epochs then shuffle what is
             cached, and the loader's random augmentation is frozen with it.
         fabric: A launched `lightning.fabric.Fabric` for device, precision and several processes
-            (extra `frfx[fabric]`); None for plain torch on the model's device.
-        checkpoint: A file to save to after every epoch and, if it is there, to resume from.
+            (extra `frfx[fabric]`); None for plain torch on the model's device. The model stays
+            where Fabric moves it. A torch `DataLoader` is split among the processes; of any other
+            iterable, every process gets all.
+        checkpoint: A file to save to after every epoch and, if it is there, to resume from; its
+            folder is made. The order in which the loader shuffles is the loader's own, and begins
+            anew with a resume.
         progress: Whether to show a progress bar (extra `frfx[cli]`).
         example_input: A batch; needed only for models that symbolic tracing cannot follow.
 
@@ -90,6 +94,7 @@ def post_train(
     Raises:
         LayerError, UnsupportedOpsError, TargetError: As `PostTraining` does, or for a choice of
             `targets` that does not exist.
+        FrfxError: If the checkpoint cannot be read, or is of other layers.
     """
     if targets not in ("recompute", "cache"):
         raise TargetError(f'targets are "recompute" or "cache", not {targets!r}')
@@ -147,13 +152,17 @@ class _Loop:
                 self.fabric.backward(losses.total)
             self.optimizer.step()
             count += len(x)
-            for i, loss in enumerate(losses[:3]):
-                sums[i] += 0.0 if loss is None else loss.detach() * len(x)
+            for i, loss in enumerate(losses[:3]):  # in single: a sum in half soon stops growing
+                sums[i] += 0.0 if loss is None else loss.detach().float() * len(x)
         if count == 0:
             raise TargetError("the loader gave no batch; it must yield batches anew every epoch")
+        totals = [*map(float, sums), count]
+        if self.fabric is not None:
+            device = self.step.trained_parameters()[0].device
+            totals = self.fabric.all_reduce(torch.tensor(totals, device=device), reduce_op="sum")
         seconds = time.perf_counter() - start
         alpha = self.step.alpha
-        means = [float(value) / count for value in sums]
+        means = [float(total / totals[3]) for total in totals[:3]]
         return (
             means[0],
             None if alpha == 1 else means[1],
@@ -161,7 +170,7 @@ class _Loop:
         ), seconds
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        device = next(iter(self.step.trained_parameters())).device
+        device = self.step.trained_parameters()[0].device
         loaded = ((x.to(device), y.to(device)) for x, y in self.loader)
         if self.cache is not None:
             return self.cache.batches(loaded)
@@ -174,7 +183,7 @@ class _Loop:
         targets = self.step.targets
         state = {
             "trained": [p.detach() for p in self.step.trained_parameters()],
-            "buffers": [b for m in self.step._modules_trained for b in m.buffers()],
+            "buffers": self.step.trained_buffers(),
             "optimizer": self.optimizer.state_dict(),
             "reference": None if targets is None else targets.state(),
             "history": [asdict(record) for record in history],
@@ -183,6 +192,7 @@ class _Loop:
             self.fabric.save(path, state)
             return
         partial = Path(f"{path}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, partial)
         partial.replace(path)  # an interrupted save leaves the last one whole
 
@@ -190,16 +200,21 @@ class _Loop:
         """Take up what `save` left, if it is there; return the history."""
         if path is None or not Path(path).exists():
             return []
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        with torch.no_grad():
-            for parameter, saved in zip(
-                self.step.trained_parameters(), state["trained"], strict=True
-            ):
-                parameter.copy_(saved)
-            buffers = [b for m in self.step._modules_trained for b in m.buffers()]
-            for buffer, saved in zip(buffers, state["buffers"], strict=True):
-                buffer.copy_(saved)
+        tensors = [*self.step.trained_parameters(), *self.step.trained_buffers()]
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            trained = [*state["trained"], *state["buffers"]]
+        except Exception as error:  # a file of another kind fails in many ways
+            raise FrfxError(f"{str(path)!r} is no checkpoint of post-training") from error
+        if [tensor.shape for tensor in tensors] != [saved.shape for saved in trained]:
+            raise FrfxError(
+                f"the checkpoint {str(path)!r} is of other layers: the shapes it holds are not "
+                "those of the parameters that are trained here"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for tensor, saved in zip(tensors, trained, strict=True):
+                tensor.copy_(saved)
         if self.step.targets is not None and state["reference"] is not None:
             self.step.targets.load(state["reference"])
         return [EpochRecord(**record) for record in state["history"]]
@@ -235,14 +250,29 @@ def accuracy(model: nn.Module, loader: Iterable[Batch]) -> float:
     """Return the share of samples whose largest output is the label, in evaluation mode.
 
     Args:
-        model: Any classifier; its mode is not touched.
-        loader: Yields batches (x, y).
+        model: Any classifier, of outputs (N, K) or of labels (N,) if it ends in argmax; its mode is
+            not touched.
+        loader: Yields batches (x, y) of inputs and integer labels (N,); inputs are moved and cast
+            to the model's type.
+
+    Raises:
+        TargetError: If the labels do not fit the outputs, or there are none.
     """
     view = evaluation_view(model, inplace=True)
-    device = next((p.device for p in view.parameters()), torch.device("cpu"))
-    right, count = torch.zeros((), dtype=torch.long, device=device), 0
+    weight = next((p for p in view.parameters() if p.is_floating_point()), None)
+    right: Tensor | int = 0
+    count = 0
     for x, y in loader:
-        right += (view(x.to(device)).argmax(-1) == y.to(device)).sum()
+        if weight is not None:
+            x = x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
+        output = view(x)
+        predicted = output.argmax(-1) if output.is_floating_point() else output
+        if predicted.shape != y.shape:
+            raise TargetError(
+                f"labels of shape {tuple(y.shape)} do not fit outputs of shape "
+                f"{tuple(output.shape)}: expected {tuple(predicted.shape)}"
+            )
+        right = right + (predicted == y.to(predicted.device)).sum()
         count += len(x)
     if count == 0:
         raise TargetError("the loader gave no batch")

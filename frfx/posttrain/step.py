@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 
 import networkx as nx
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from frfx.compiler.emit import forward_module
+from frfx.compiler.prepare import run_forward
 from frfx.compiler.tail import Network
-from frfx.compiler.trace import trace
+from frfx.compiler.trace import Traced, is_output, trace
 from frfx.compiler.view import check_model, evaluation_view
-from frfx.errors import LayerError, TargetError
+from frfx.errors import LayerError, TargetError, TraceMismatchError
 from frfx.policy import Policy
 from frfx.posttrain.loss import Losses, combine
 from frfx.posttrain.targets import Targets
@@ -23,14 +26,17 @@ class PostTraining(nn.Module):
     """Trains the layers `l_S + 1 .. l_R` of a network against reconstructed features (Eq. 1-3).
 
     Creating one freezes everything else: `requires_grad` is switched off for all other parameters
-    until `restore`, or the end of a `with` block. A call computes the loss of a batch. The trained
-    layers follow the mode of this module (`train()`, `eval()`), the frozen ones are in evaluation
-    mode throughout; the modes of the model itself are not touched.
+    until `restore`, or the end of a `with` block. A call computes the loss of a batch. The modules
+    of the trained layers follow the mode of this module (`train()`, `eval()`), the frozen ones are
+    in evaluation mode throughout; the modes of the model itself are not touched. A function to
+    which the model's forward passes `self.training` (`F.dropout`, `F.batch_norm`) does what it does
+    in evaluation mode.
 
     Args:
         model: The network. Its trained parameters are the ones that an optimizer changes.
         upto_layer: `l_R`, the last trained layer; an int or a node's name, as for `frfx.invert`.
-        freeze_upto: `l_S`, the last layer of the frozen front; 0 trains from the input on.
+        freeze_upto: `l_S`, the last layer of the frozen front; 0 trains from the input on, whether
+            or not the layers have numbers.
         alpha: The weight of the reconstruction loss in Eq. 3, in [0, 1]. With 0 this is plain
             post-training of the module by backpropagation, and nothing is reconstructed. With 1
             nothing is backpropagated through the frozen tail, and the tail is run for the targets
@@ -77,24 +83,19 @@ class PostTraining(nn.Module):
         self.reconstruction_loss = reconstruction_loss
         traced = trace(evaluation_view(model), example_input)
         network = Network(traced)
-        start, end = network.find(freeze_upto), network.find(upto_layer)
+        start = traced.input if freeze_upto == 0 else network.find(freeze_upto)
+        end, logits = network.find(upto_layer), network.logits()
         trained_nodes = _between(network, start, end)
         self._trained = _trained_parameters(network, trained_nodes, start, end)
-        self._modules_trained = [
-            module
-            for node in trained_nodes
-            if node.op == "call_module"
-            for module in traced.root.get_submodule(str(node.target)).modules()
-        ]
-        logits = network.logits()
+        self._modules_trained = _trained_modules(traced, trained_nodes)
         self.to_feature = forward_module(traced, (end,))
         self.to_output = forward_module(traced, (end, logits))
         self.targets = None
+        self._unchecked = traced if alpha == 0 else None  # what reconstructs checks its own graph
         if alpha > 0:
-            buffers = [buffer for module in self._modules_trained for buffer in module.buffers()]
             self.targets = Targets(
                 model,
-                [*self._trained, *buffers],
+                [*self._trained, *self.trained_buffers()],
                 upto_layer=upto_layer,
                 policy=policy,
                 backend=backend,
@@ -120,7 +121,17 @@ class PostTraining(nn.Module):
 
         Returns:
             The total loss and its parts.
+
+        Raises:
+            InputError, TargetError, NonFiniteError: As a call of the inverse does, or if `target`
+                has not the shape of the feature.
+            TraceMismatchError: If the graph does not compute what the model computes.
         """
+        if self._unchecked is not None:
+            _check_graph(self._unchecked, x)
+            self._unchecked = None
+        if self.targets is not None and target is None:
+            target = self.targets(x, y)
         if self.alpha == 1:
             (feature,) = self.to_feature(x)
             output = classification = None
@@ -128,9 +139,12 @@ class PostTraining(nn.Module):
             feature, output = self.to_output(x)
             classification = self.classification_loss(output, y)
         reconstruction = None
-        if self.targets is not None:
-            if target is None:
-                target = self.targets(x, y)
+        if target is not None and self.targets is not None:
+            if target.shape != feature.shape:
+                raise TargetError(
+                    f"a target of shape {tuple(target.shape)} for a feature of shape "
+                    f"{tuple(feature.shape)}: they must be the same"
+                )
             reconstruction = self.reconstruction_loss(feature, target)
         total = combine(self.alpha, classification, reconstruction)
         return Losses(total, classification, reconstruction, output)
@@ -138,6 +152,10 @@ class PostTraining(nn.Module):
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the trained layers, in forward order."""
         return list(self._trained)
+
+    def trained_buffers(self) -> list[Tensor]:
+        """Return the buffers of the trained layers, which training may change, too."""
+        return [buffer for module in self._modules_trained for buffer in module.buffers(False)]
 
     def restore(self) -> None:
         """Give every frozen parameter its gradient back; the trained weights stay as they are."""
@@ -147,7 +165,7 @@ class PostTraining(nn.Module):
 
     def train(self, mode: bool = True) -> PostTraining:
         """Set the mode of the trained layers; the frozen ones stay in evaluation mode."""
-        super().train(False)
+        # Not by the model's own train(): the view is in evaluation mode, and that may write.
         self.training = mode
         for module in self._modules_trained:
             module.training = mode
@@ -176,6 +194,42 @@ def _between(network: Network, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     front = nx.ancestors(network.flow, start) | {start}
     within = (nx.ancestors(network.flow, end) | {end}) - front
     return [node for node in network.traced.graph.nodes if node in within]
+
+
+def _trained_modules(traced: Traced, trained_nodes: list[fx.Node]) -> list[nn.Module]:
+    """Return the modules of the trained layers, of which the frozen layers call none.
+
+    A module that both call (a dropout, an activation) gets a twin for the trained layers, so that
+    their mode is not that of the frozen ones.
+    """
+    root, trained = traced.root, set(trained_nodes)
+    calls = [node for node in traced.graph.nodes if node.op == "call_module"]
+    frozen = {id(root.get_submodule(str(n.target))) for n in calls if n not in trained}
+    modules: list[nn.Module] = []
+    for node in (node for node in calls if node in trained):
+        module = root.get_submodule(str(node.target))
+        if id(module) in frozen:
+            module = evaluation_view(module)
+            node.target = f"_frfx_trained_{node.name}"
+            root.add_module(node.target, module)
+        modules += module.modules()
+    return list(dict.fromkeys(modules))
+
+
+@torch.no_grad()
+def _check_graph(traced: Traced, x: Tensor) -> None:
+    """Raise `TraceMismatchError` if a graph does not compute what the model computes."""
+    traced = replace(traced, root=evaluation_view(traced.root))  # not in the mode of training
+    x = x.to(next(traced.root.parameters()).dtype)  # autocast may have brought it in another
+    output, _ = run_forward(traced, x)
+    with torch.autocast(x.device.type, enabled=False):
+        same = is_output(output, traced, x)
+    if not same:
+        raise TraceMismatchError(
+            "the graph that is trained does not compute what the model computes: its forward "
+            "probably depends on the input's values or type. Give example_input, or rewrite that "
+            "part of the forward"
+        )
 
 
 def _trained_parameters(

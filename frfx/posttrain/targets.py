@@ -38,28 +38,34 @@ class Targets:
         backend: str,
         example_input: Tensor | None,
     ) -> None:
-        reference = evaluation_view(model, own=trained)
-        self._trained = trained
         shared = {id(tensor) for tensor in _tensors(model)}
-        self._own = [tensor for tensor in _tensors(reference) if id(tensor) not in shared]
         self.inverse = invert(
-            reference,
+            evaluation_view(model, own=trained),
             upto_layer,
             policy=policy,
             backend=backend,
             example_input=example_input,
         )
+        own = [tensor for tensor in _tensors(self.inverse.model) if id(tensor) not in shared]
+        self._trained, self._dtype, self._own = trained[0], trained[0].dtype, own
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return `a*` for a batch; runs outside of autocast."""
-        model = self._trained[0]
-        for tensor in self._own:
-            dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
-            if tensor.device != model.device or tensor.dtype != dtype:
-                tensor.data = tensor.data.to(model.device, dtype)  # the model was moved
+        self._follow()
+        dtype = next(self.inverse.model.parameters()).dtype
         with torch.autocast(x.device.type, enabled=False):
-            return self.inverse(x.to(model.dtype), y)
+            return self.inverse(x.to(dtype), y)
+
+    def _follow(self) -> None:
+        """Move the reference's own tensors to where the model was moved, as `.to()` would."""
+        device, dtype = self._trained.device, self._trained.dtype
+        for tensor in self._own:
+            cast = dtype != self._dtype and tensor.is_floating_point()
+            wanted = dtype if cast else tensor.dtype
+            if tensor.device != device or tensor.dtype != wanted:
+                tensor.data = tensor.data.to(device, wanted)
+        self._dtype = dtype
 
     def state(self) -> list[Tensor]:
         """Return the reference's own tensors, to be saved beside the model."""

@@ -36,7 +36,8 @@ class Elementwise:
     Attributes:
         name: What the summary calls it.
         nearest: `(y, x, **arguments)` to the preimage of y that is nearest to x.
-        range: `(**arguments)` to the ends of the function's range.
+        range: `(**arguments)` to the ends of the function's range; to an empty one for arguments
+            with which it cannot be inverted.
         attained: Whether the function reaches finite ends of its range.
     """
 
@@ -90,7 +91,16 @@ class ElementwiseRule(Rule):
     def supports(self, op: Op) -> str | None:
         if op.type is not None and op.type.parametric:
             return "it is no function of single entries"
-        return one_input(op, *op.computed)
+        reason = one_input(op, *op.computed)
+        if reason:
+            return reason
+        if op.tensor_of and op.module is None:
+            return f"its {' and '.join(op.tensor_of)} must be given as a number, not as a tensor"
+        low, high = self.function.range(**op.arguments)
+        if not low < high:
+            given = ", ".join(f"{name}={value}" for name, value in op.arguments.items())
+            return f"no range is known to invert it on with {given}"
+        return None
 
     def build(self, op: Op) -> Inversion:
         return ElementwiseInversion(self.function, dict(op.arguments), self.clamp_margin)
@@ -197,7 +207,7 @@ _enter(vocabulary.hardtanh, preimage.identity, preimage.hardtanh_range, attained
 _enter(vocabulary.hardsigmoid, preimage.hardsigmoid, (0, 1), attained=True)
 
 # Several preimages.
-_enter(vocabulary.softplus, preimage.softplus, (0, math.inf))
+_enter(vocabulary.softplus, preimage.softplus, preimage.softplus_range)
 _enter(vocabulary.leaky_relu, preimage.leaky_relu)
 _enter(vocabulary.sin, preimage.sin, (-1, 1), attained=True, principle="minimal")
 _enter(vocabulary.silu, preimage.silu, (preimage.SILU.minimum, math.inf), attained=True)

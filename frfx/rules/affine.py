@@ -9,6 +9,7 @@ from torch import Tensor
 
 from frfx import vocabulary
 from frfx.linalg import Dense, Diagonal
+from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
 from frfx.rules.base import AffineInversion, Inversion, Rule, one_input
@@ -47,11 +48,11 @@ class BatchNormRule(Rule):
 def _batch_norm(op: Op, key: Shape) -> Diagonal:
     variance, weight = op.tensor("running_var"), op.tensor("weight")
     assert variance is not None  # `supports` has seen to it
-    # Computed in double: the statistics of a half model lose too much otherwise.
+    # Computed in double, kept in single at least: half would round the scale itself.
     scale = (variance.double() + op.arguments["eps"]).rsqrt()
     if weight is not None:
         scale = scale * weight.double()
-    return Diagonal(scale.to(variance.dtype).reshape(-1, *[1] * (key[0] - 1)))
+    return Diagonal(scale.to(solve_dtype(variance.dtype)).reshape(-1, *[1] * (key[0] - 1)))
 
 
 @register_rule(vocabulary.add)
@@ -104,7 +105,9 @@ def _scale(op: Op, key: Shape) -> Diagonal:
     name = "input" if live == "other" else "other"
     read = op.tensor(name)
     scale = _tensor(op.arguments[name]) if read is None else read
-    return Diagonal(scale if op.type is vocabulary.mul else scale.reciprocal())
+    if op.type is vocabulary.mul:
+        return Diagonal(scale)
+    return Diagonal(scale.double().reciprocal())
 
 
 def _tensor(value: float) -> Tensor:

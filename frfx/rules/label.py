@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frfx import vocabulary
 from frfx.errors import TargetError
+from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op
 from frfx.registry import register_rule
 from frfx.rules.base import Inversion, Rule, one_input, spans_batch
@@ -36,7 +37,7 @@ def nearest_embedding(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Te
         Problem 21 in the L2 norm, Eq. 24-33, Algorithm 1; the margin shifts the competitors.
     """
     check_labels(labels, logits)
-    return _nearest_embedding(logits, labels, margin)
+    return _nearest_embedding(logits.to(solve_dtype(logits.dtype)), labels, margin).to(logits.dtype)
 
 
 def _nearest_embedding(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
@@ -155,8 +156,7 @@ class Embedding(Inversion):
             return target
         (logits,) = inputs
         # Half types are solved in single, as everywhere.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return self.embed(logits, target, **self.options)
+        return self.embed(logits.to(solve_dtype(logits.dtype)), target, **self.options)
 
 
 class _LabelRule(Rule):

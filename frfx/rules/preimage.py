@@ -38,14 +38,19 @@ def softplus(y: Tensor, x: Tensor, beta: float = 1.0, threshold: float = 20.0) -
     return torch.where(on_curve & (~on_line | nearer), curve, y)
 
 
+def softplus_range(beta: float = 1.0, threshold: float = 20.0) -> tuple[float, float]:
+    """The range of softplus; empty for a negative beta, which turns it upside down."""
+    return (0, math.inf) if beta > 0 else (0, 0)
+
+
 def elu(y: Tensor, alpha: float = 1.0) -> Tensor:
     """`log(1 + y / alpha)` for negative y."""
     return torch.where(y > 0, y, torch.log1p(y.clamp(max=0) / alpha))
 
 
 def elu_range(alpha: float = 1.0) -> tuple[float, float]:
-    """The range of ELU and CELU."""
-    return -alpha, math.inf
+    """The range of ELU and CELU; empty for a negative alpha, which folds or reverses them."""
+    return (-alpha, math.inf) if alpha >= 0 else (0, 0)
 
 
 _SELU_SCALE = 1.0507009873554804934193349852946

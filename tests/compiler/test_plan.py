@@ -160,7 +160,9 @@ def test_a_zoo_of_problems():
 def test_the_lines_of_remedies_are_python():
     """What a message tells the user to write can be written."""
     for path, op in problems(Zoo().eval(), "start").items():
-        for line in re.findall(r"(?:@frfx\.register_rule|policy\.override|frfx\.invert)\(.*?\)", op.remedy):
+        for line in re.findall(
+            r"(?:@frfx\.register_rule|policy\.override|frfx\.invert)\(.*?\)", op.remedy
+        ):
             opened = line.count("(") - line.count(")")
             compile(line.removeprefix("@") + ")" * opened, path, "eval")
 

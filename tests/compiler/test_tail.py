@@ -60,7 +60,9 @@ def every_path(network: Network, start, end) -> list[list]:
     """Return all paths by plain recursion."""
     if start is end:
         return [[end]]
-    onward = [path for user in network.flow.successors(start) for path in every_path(network, user, end)]
+    onward = [
+        path for user in network.flow.successors(start) for path in every_path(network, user, end)
+    ]
     return [[start, *path] for path in onward]
 
 
@@ -68,7 +70,10 @@ def every_path(network: Network, start, end) -> list[list]:
     ("model", "layers"),
     [
         (Branching(), ["x", "front", "tanh", "left", "right", "mid", "end"]),
-        (torchvision.models.resnet18(), ["layer3.1.relu", "layer4.0.conv1", "layer4.0.downsample.0"]),
+        (
+            torchvision.models.resnet18(),
+            ["layer3.1.relu", "layer4.0.conv1", "layer4.0.downsample.0"],
+        ),
         (torchvision.models.squeezenet1_0(), ["features.10.squeeze", "features.12.expand1x1"]),
     ],
     ids=["branching", "resnet", "squeezenet"],
@@ -146,8 +151,8 @@ def test_several_heads():
 
 # --- the paper's numbers ---
 
-# What the next convolution or linear op reads (DESIGN of the paper: a layer is one such op with its
-# activation and its pooling), and the parameters of the layer, from Tables 1 to 6.
+# What the next convolution or linear op reads: a layer of the paper is one such op with its
+# activation and its pooling. The counts of parameters are those of Tables 1 to 4.
 NUMBERED = {
     "mnist": ["input", "pool1", "flatten", "fc1"],
     "cifar10": ["input", "pool1", "pool2", "flatten", "tanh4", "fc2"],
@@ -230,7 +235,11 @@ def test_parameters_of_functions_are_counted():
             return F.linear(torch.tanh(F.linear(x, self.w)), self.v)
 
     rows = [row for row in frfx.layers(Functional()) if row.index is not None]
-    assert [(row.name, row.parameters) for row in rows] == [("x", 0), ("tanh", 30), ("linear_1", 20)]
+    assert [(row.name, row.parameters) for row in rows] == [
+        ("x", 0),
+        ("tanh", 30),
+        ("linear_1", 20),
+    ]
 
 
 def test_network_without_layers():

@@ -203,9 +203,7 @@ class Halved(nn.Module):
 
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(81, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)
-    )
+    return nn.Sequential(nn.Linear(81, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
 
 
 def flat_batch():

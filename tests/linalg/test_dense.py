@@ -101,11 +101,11 @@ def test_condition_of_a_diagonal():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_diagonal_keeps_the_precision_of_the_residual(dtype):
     # A number has no precision of its own: it must neither coarsen nor widen what it is applied to.
-    factor = Dense().prepare(Diagonal(torch.tensor(3.0, dtype=torch.float64)))
-    residual = torch.ones(4, dtype=dtype)
     solved = torch.promote_types(dtype, torch.float32)
-    assert factor.solve(residual).dtype == solved
-    assert torch.equal(factor.solve(residual), torch.full((4,), 1 / 3, dtype=solved))
+    for three in (torch.tensor(3.0, dtype=torch.float64), torch.full((4,), 3)):
+        found = Dense().prepare(Diagonal(three)).solve(torch.ones(4, dtype=dtype))
+        assert found.dtype == solved
+        assert torch.equal(found, torch.full((4,), 1 / 3, dtype=solved))
 
 
 def test_a_diagonal_of_whole_numbers_is_solved_in_the_precision_of_the_residual():

@@ -96,6 +96,32 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(model, digits, tmp_path,
     assert train(copy.deepcopy(model), 4, path) == history  # nothing left to do
 
 
+def test_a_checkpoint_of_other_layers_changes_nothing(model, digits, tmp_path):
+    path = tmp_path / "new" / "post.ckpt"
+    frfx.post_train(
+        copy.deepcopy(model), digits.batches(100), upto_layer=2, epochs=1, checkpoint=path
+    )
+    weights = tmp_path / "weights.pt"
+    torch.save(model.state_dict(), weights)
+    before = copy.deepcopy(model.state_dict())
+    for file, text in ((path, "other layers"), (weights, "no checkpoint")):
+        with pytest.raises(frfx.FrfxError, match=text):
+            frfx.post_train(model, digits.batches(100), upto_layer=1, epochs=2, checkpoint=file)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_losses_of_a_half_model_are_summed_in_single(model):
+    model.bfloat16()
+    batches = [(torch.randn(32, 1, 8, 8).bfloat16(), torch.arange(32) % 10) for _ in range(60)]
+    (record,) = frfx.post_train(
+        model, batches, upto_layer=1, alpha=0, epochs=1,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+    )  # fmt: skip
+    losses = [torch.nn.functional.cross_entropy(model(x).float(), y) for x, y in batches]
+    assert record.loss == pytest.approx(torch.stack(losses).mean().item(), rel=5e-3)
+
+
 def test_fabric_trains_as_plain_torch_does(model, digits, tmp_path):
     fabric_module = pytest.importorskip("lightning.fabric")
     (x, y), *_ = digits.batches(400)
@@ -132,6 +158,46 @@ def test_fabric_in_bfloat16_solves_in_single(model, digits):
     assert record.reconstruction == pytest.approx(expected.reconstruction, rel=0.1)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("targets", ["recompute", "cache"])
+def test_fabric_in_true_bfloat16(model, digits, alpha, targets):
+    fabric_module = pytest.importorskip("lightning.fabric")
+    (x, y), *_ = digits.batches(200)
+    loader = DataLoader(TensorDataset(x, y), batch_size=100)
+    fabric = fabric_module.Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    (record,) = frfx.post_train(
+        model, loader, upto_layer=2, alpha=alpha, epochs=1, fabric=fabric, val_loader=loader,
+        targets=targets,
+    )  # fmt: skip
+    assert record.val_accuracy == frfx.accuracy(model, loader)
+
+
+def _post_train_in_two_processes(fabric, model, x, y, path):
+    torch.set_num_threads(1)
+    loader = DataLoader(TensorDataset(x, y), batch_size=50)
+    history = []
+    for epochs in (1, 2):  # the second call resumes
+        history = frfx.post_train(
+            model, loader, upto_layer=2, alpha=0.5, epochs=epochs, fabric=fabric, checkpoint=path
+        )
+    torch.save([record.loss for record in history], f"{path}.{fabric.global_rank}")
+
+
+def test_two_processes_train_as_one_does(model, digits, tmp_path):
+    fabric_module = pytest.importorskip("lightning.fabric")
+    (x, y), *_ = digits.batches(200)
+    path = tmp_path / "post.ckpt"
+    # Forked processes start faster, but not where CUDA may be in use already.
+    strategy = "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"
+    fabric = fabric_module.Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch(_post_train_in_two_processes, model, x, y, path)
+    loader = DataLoader(TensorDataset(x, y), batch_size=100)
+    expected = frfx.post_train(copy.deepcopy(model), loader, upto_layer=2, alpha=0.5, epochs=2)
+    for rank in range(2):
+        losses = torch.load(f"{path}.{rank}")
+        assert losses == pytest.approx([record.loss for record in expected], rel=1e-4)
+
+
 def test_an_exhausted_loader_is_named(model):
     once = iter([(torch.randn(4, 1, 8, 8), torch.arange(4))])
     with pytest.raises(frfx.TargetError, match="anew every epoch"):
@@ -141,6 +207,23 @@ def test_an_exhausted_loader_is_named(model):
 def test_unknown_way_of_making_targets(model):
     with pytest.raises(frfx.TargetError, match="recompute"):
         frfx.post_train(model, [], upto_layer=1, targets="disk")
+
+
+def test_accuracy_of_a_network_that_returns_labels():
+    class Labels(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).argmax(1)
+
+    model, x = Labels(5, 3), torch.randn(20, 5)
+    y = model(x)
+    y[:5] = (y[:5] + 1) % 3
+    assert frfx.accuracy(model, [(x, y)]) == 0.75
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1,), (4, 10)])
+def test_accuracy_refuses_labels_of_another_shape(model, shape):
+    with pytest.raises(frfx.TargetError, match="do not fit outputs of shape"):
+        frfx.accuracy(model, [(torch.randn(4, 1, 8, 8), torch.zeros(shape, dtype=torch.long))])
 
 
 def test_accuracy_counts_in_evaluation_mode():

@@ -178,6 +178,118 @@ def test_batch_norm_learns_its_statistics_where_it_is_trained():
     assert not model[1].training
 
 
+class SharedDropout(nn.Module):
+    """Calls one dropout in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.drop = nn.Linear(6, 40), nn.Linear(40, 40), nn.Dropout(0.5)
+        self.head = nn.Linear(40, 3)
+
+    def forward(self, x):
+        x = self.drop(torch.tanh(self.fc1(x)))
+        return self.head(self.drop(torch.tanh(self.fc2(x))))
+
+
+def test_a_module_that_frozen_layers_call_too_is_in_evaluation_mode_there():
+    torch.manual_seed(0)
+    model = SharedDropout().eval()
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    with frfx.PostTraining(model, upto_layer=1, alpha=0) as step:
+        torch.manual_seed(1)
+        output = step(x, y).output
+        torch.manual_seed(1)
+        first = F.dropout(torch.tanh(model.fc1(x)), 0.5)
+        torch.testing.assert_close(output, model.head(torch.tanh(model.fc2(first))))
+        step.eval()
+        torch.testing.assert_close(step(x, y).output, model(x))
+
+
+def test_the_train_of_the_model_is_not_called(model, batch):
+    class Merging(nn.Linear):
+        def train(self, mode=True):
+            with torch.no_grad():
+                self.weight.zero_()
+            return super().train(mode)
+
+    model.fc1 = Merging(64, 10).double()
+    before = copy.deepcopy(model.fc1.weight)
+    with frfx.PostTraining(model, upto_layer=2, alpha=0) as step:
+        step.eval()
+        step(*batch)
+    assert torch.equal(model.fc1.weight, before)
+
+
+def test_the_front_is_the_input_where_layers_have_no_numbers():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(x + torch.tanh(self.a(x)))
+
+    model = Residual()
+    with frfx.PostTraining(model, upto_layer="tanh", alpha=0) as step:
+        assert [id(p) for p in step.trained_parameters()] == [*map(id, model.a.parameters())]
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5])
+def test_a_graph_that_is_not_the_model_is_refused(alpha):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(torch.tanh(h) if type(x) is torch.Tensor else h)
+
+    model = Branching()
+    with frfx.PostTraining(model, upto_layer="a", alpha=alpha) as step:
+        with pytest.raises(frfx.TraceMismatchError, match="does not compute what the model"):
+            step(torch.randn(8, 6), torch.randint(3, (8,)))
+        assert torch.equal(model.a.running_mean, torch.zeros(6))
+
+
+def test_targets_that_do_not_fit_the_feature(model, batch):
+    x, y = batch
+    with frfx.PostTraining(model, upto_layer=1, alpha=0.5) as step:
+        with pytest.raises(frfx.TargetError, match=r"\(12, 1\).*\(12, 8, 3, 3\)"):
+            step(x, y, x.new_zeros(12, 1))
+        with pytest.raises(frfx.TargetError, match="is out of range"):
+            step(x, y + 5)
+
+
+def test_a_network_of_two_types_keeps_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(1))
+    model.append(nn.Linear(144, 5)).to(torch.bfloat16).eval()
+    model[1].float()
+    x, y = torch.randn(8, 1, 8, 8, dtype=torch.bfloat16), torch.randint(5, (8,))
+    with frfx.PostTraining(model, freeze_upto="0", upto_layer=1, alpha=0.5) as step:
+        expected = frfx.invert(copy.deepcopy(model), 1)(x, y)
+        assert torch.equal(step.targets(x, y), expected)
+        assert step.targets.inverse.model.get_buffer("1.running_var").dtype == torch.float32
+        step.double()
+        assert step.targets(x.double(), y).dtype == torch.float64
+
+
+def test_constants_of_the_forward_move_with_the_step():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)) * torch.tensor([1.0, 2, 3, 4, 5, 6]))
+
+    with frfx.PostTraining(Scaled(), upto_layer="a", alpha=0.5) as step:
+        step.double()
+        step(torch.randn(4, 6).double(), torch.arange(4) % 3)
+        assert {b.dtype for b in step.targets.inverse.model.buffers()} == {torch.float64}
+
+
 def test_moving_the_step_moves_model_and_targets_together(model, batch):
     x, y = batch
     with frfx.PostTraining(model, upto_layer=2, alpha=0.5) as step:

@@ -204,15 +204,15 @@ ACTIVATIONS = {
     "leaky_relu, slope 0": Activation(nn.LeakyReLU(0.0), (0, INF)),
     "leaky_relu, slope -0.5": Activation(nn.LeakyReLU(-0.5), (0, INF)),
     "prelu": Activation(
-        nn.PReLU(init=0.25),
+        nn.PReLU(init=0.3),
         spellings={
-            "F.prelu": lambda x: F.prelu(x, torch.tensor([0.25], dtype=torch.float64)),
-            "torch.prelu": lambda x: torch.prelu(x, torch.tensor([0.25], dtype=torch.float64)),
-            "x.prelu": lambda x: x.prelu(torch.tensor([0.25], dtype=torch.float64)),
+            "F.prelu": lambda x: F.prelu(x, torch.tensor([0.3]).double()),
+            "torch.prelu": lambda x: torch.prelu(x, torch.tensor([0.3]).double()),
+            "x.prelu": lambda x: x.prelu(torch.tensor([0.3]).double()),
         },
     ),
     "prelu, slope 0": Activation(nn.PReLU(init=0.0), (0, INF)),
-    "prelu, slope -2": Activation(nn.PReLU(init=-2.0), (0, INF)),
+    "prelu, slope -0.3": Activation(nn.PReLU(init=-0.3), (0, INF)),
     "sin": Activation(
         type("Sin", (nn.Module,), {"forward": lambda self, x: torch.sin(x)})(),
         (-1, 1),

@@ -106,6 +106,30 @@ def test_batch_norm_of_a_half_network(dtype):
     assert relative(found.double(), expected) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["batch norm", "division"])
+def test_scales_of_a_half_network_are_not_rounded(kind, dtype):
+    layer = batch_norm(nn.BatchNorm2d, 0)
+    if kind == "division":
+        layer = Divided(layer.running_var[:, None, None])
+    layer = layer.to(dtype)
+    x, target = normal(4, 2, 4, 2, 3).to(dtype), (1e3 * normal(5, 2, 4, 2, 3)).to(dtype)
+    # In front of another node the preimage is still in single.
+    inverse = frfx.invert(nn.Sequential(nn.Identity(), layer).eval(), "input")
+    found = inverse.reconstruct(x, target)["0"].target
+    expected = minimal_affine_preimage(layer.double(), x, target)
+    assert relative(found.double(), expected) < 0.02 * torch.finfo(dtype).eps
+
+
+class Divided(nn.Module):
+    def __init__(self, divisor):
+        super().__init__()
+        self.register_buffer("divisor", divisor)
+
+    def forward(self, x):
+        return x / self.divisor
+
+
 ARITHMETIC = {
     "x + 3": lambda x: x + 3,
     "3 + x": lambda x: 3 + x,
@@ -203,11 +227,12 @@ def test_damped_arithmetic():
     assert relative(found, x.numpy() + step) < 1e-13
 
 
-def test_whole_numbers_as_factors():
+@pytest.mark.parametrize("function", [lambda x, w: x * w, lambda x, w: x / w], ids=["*", "/"])
+def test_whole_numbers_as_factors(function):
     w = torch.tensor([3, 7])
     x, target = normal(0, 4, 2), normal(1, 4, 2)
-    found = rebuild(lambda x, w: x * w, x, target, w=w)
-    assert relative(found, minimal_affine_preimage(lambda x: x * w, x, target)) < 1e-14
+    found = rebuild(function, x, target, w=w)
+    assert relative(found, minimal_affine_preimage(lambda x: function(x, w), x, target)) < 1e-14
 
 
 @pytest.mark.parametrize("function", [lambda x: 2 * x + 1, lambda x: 1 - x / 3])

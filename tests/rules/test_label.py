@@ -191,6 +191,7 @@ HEADS = {
     "none": None,
     "torch.argmax": lambda z: torch.argmax(z, 1),
     "x.argmax": lambda z: z.argmax(dim=-1),
+    "axis": lambda z: torch.argmax(z, axis=1),
     "keepdim": lambda z: z.argmax(-1, keepdim=True),
     "softmax": nn.Softmax(1),
     "softmax and argmax": lambda z: torch.softmax(z, 1).argmax(1),

@@ -193,5 +193,6 @@ def test_mean(dim, keepdim):
         lambda x: x.mean(dim, keepdim),
         lambda x: torch.mean(x, dim, keepdim=keepdim),
         lambda x: x.mean(dim=dim, keepdim=keepdim),
+        lambda x: torch.mean(x, axis=dim, keepdim=keepdim),
     ):
         assert relative(reconstruct(spelling, x, target), expected) < 1e-13

@@ -127,6 +127,18 @@ COMPILED = {
         "its weight is computed in the graph",
         {"w": torch.ones(3)},
     ),
+    "ELU that folds": (nn.ELU(-1.0), "no range is known to invert it on with alpha=-1.0"),
+    "CELU of a negative alpha": (lambda x: F.celu(x, -0.5), "to invert it on with alpha=-0.5"),
+    "softplus upside down": (nn.Softplus(-1.0), "no range is known to invert it on with beta=-1.0"),
+    "slope in a tensor": (
+        lambda x, w: F.leaky_relu(x, w),
+        "its negative_slope must be given as a number, not as a tensor",
+        {"w": torch.tensor(0.3)},
+    ),
+    "empty hardtanh": (
+        lambda x: F.hardtanh(x, 1.0, 1.0),
+        "no range is known to invert it on with min_val=1.0, max_val=1.0",
+    ),
     # Shapes
     "another dtype": (lambda x: x.view(torch.int32), "it reinterprets the bits as another dtype"),
     "computed permutation": (
