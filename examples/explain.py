@@ -1,6 +1,6 @@
 """Where, and by how much, is a feature map wrong? Train on digits, look at one layer's mistakes.
 
-    python examples/explain.py [--data mnist:PATH] [--layer 1] [--figure maps.png]
+python examples/explain.py [--data mnist:PATH] [--layer 1] [--figure maps.png]
 """
 
 import argparse
@@ -36,7 +36,7 @@ nodes = inverse.reconstruct(x[wrong], y[wrong])
 feature = nodes[inverse.layer]
 
 deviation = (feature.target - feature.forward).flatten(2).norm(dim=2)
-print(f"{int(wrong.sum())} mistakes; what layer {inverse.layer!r} should change for them, by channel:")
+print(f"{int(wrong.sum())} mistakes; what {inverse.layer!r} should change for them, by channel:")
 for channel, share in enumerate((deviation**2).sum(0) / (deviation**2).sum()):
     print(f"  channel {channel:2d}  {float(share):6.1%}")
 

@@ -1,6 +1,6 @@
 """Post-train one module of a network that stays frozen otherwise, in a training loop of your own.
 
-    python examples/post_train.py [--data mnist:PATH] [--freeze-upto 1] [--upto 2] [--alpha 0.1]
+python examples/post_train.py [--data mnist:PATH] [--freeze-upto 1] [--upto 2] [--alpha 0.1]
 """
 
 import argparse
