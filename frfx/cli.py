@@ -55,7 +55,7 @@ def invert(
     batch_size: BatchSize = 256,
     code: Annotated[bool, typer.Option(help="Print the reconstruction graph's code.")] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Write a* and a^ here, as safetensors.")
+        Path | None, typer.Option(help="Write a* and a^ here: .safetensors or torch.save's.")
     ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the first samples here.")] = None,
 ) -> None:
@@ -72,19 +72,15 @@ def invert(
                 targets.append(nodes[inverse.layer].target)
                 forwards.append(nodes[inverse.layer].forward)
         if code:
-            console.print(inverse.code, highlight=False, markup=False, soft_wrap=True)
-        console.print(str(inverse.summary()), highlight=False, soft_wrap=True)
-        console.print(str(frfx.Measurement.cat(parts)), highlight=False, soft_wrap=True)
+            demo.show(console, inverse.code)
+        demo.show(console, inverse.summary(), frfx.Measurement.cat(parts))
         if output is not None:
-            from safetensors.torch import save_file
-
-            output.parent.mkdir(parents=True, exist_ok=True)
             tensors = {"target": torch.cat(targets), "forward": torch.cat(forwards)}
-            save_file({k: v.contiguous() for k, v in tensors.items()}, output)
-            console.print(f"features: {output}")
+            models.save_tensors(tensors, output)
+            demo.show(console, f"features: {output}")
         if figure is not None:
-            demo.draw(inverse, images, figure)
-            console.print(f"figure: {figure}")
+            demo.draw(inverse, images, figure, batch_size=batch_size)
+            demo.show(console, f"figure: {figure}")
 
 
 @app.command(name="post-train")
@@ -136,7 +132,7 @@ def post_train(
         console.print(table)
         if output is not None:
             models.save_weights(network, output)
-            console.print(f"weights: {output}")
+            demo.show(console, f"weights: {output}")
 
 
 @app.command(name="demo")
@@ -164,7 +160,8 @@ def _errors() -> Iterator[None]:
     """Show a mistake as its message, not as a traceback."""
     try:
         yield
-    except frfx.FrfxError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/]", end=" ")
-        Console(stderr=True).print(str(error), markup=False, highlight=False)
+    except (frfx.FrfxError, OSError) as error:  # the latter of files that cannot be written
+        stderr = Console(stderr=True)
+        stderr.print(f"[bold red]{type(error).__name__}:[/]", end=" ")
+        demo.show(stderr, error)
         raise typer.Exit(1) from error

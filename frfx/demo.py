@@ -66,17 +66,23 @@ def _run(
 ) -> None:
     model = train_baseline(name, train, test, console)
     models.save_weights(model, output / f"{name}.safetensors")
-    console.print(str(frfx.layers(model)), highlight=False, soft_wrap=True)
+    show(console, frfx.layers(model))
     last = max(row.index for row in frfx.layers(model) if row.index is not None)
     for policy in ("paper", "minimal"):
         console.print(judge(model, test, policy, last))
     inverse = frfx.invert(model, 1, policy="minimal")
     draw(inverse, test, output / "features.png")
-    console.print(str(inverse.summary()), highlight=False, soft_wrap=True)
+    show(console, inverse.summary())
     pairs = [(0, last - 1), (0, last)]
     alpha = networks.NETWORKS[name].alpha
     console.print(compare(model, train, test, pairs, alpha, runs, epochs))
-    console.print(f"weights and figure: {output}")
+    show(console, f"weights and figure: {output}")
+
+
+def show(console: Console, *texts: object) -> None:
+    """Print texts as they are, on lines as long as they are."""
+    for text in texts:
+        console.print(str(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _network_for(kind: str, images: data.Images) -> str:
@@ -196,21 +202,24 @@ def _spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.3f}"
 
 
-def draw(inverse: frfx.Inverse, images: data.Images, path: Path, samples: int = 5) -> None:
-    """Draw forward, reconstructed and difference features, misclassified images first.
+def draw(
+    inverse: frfx.Inverse, images: data.Images, path: Path, samples: int = 5, batch_size: int = 2000
+) -> None:
+    """Draw forward, reconstructed and difference features: those that move most, and the least.
 
     Args:
         inverse: What to draw.
-        images: Where to take samples from: the first 2,000.
+        images: Where to take samples from: the first batch.
         path: Where to write the figure; folders are made.
-        samples: How many rows.
+        samples: How many rows, if there are so many images.
+        batch_size: How many images to choose from.
     """
-    x, y = next(iter(images.batches(2000)))
+    x, y = next(iter(images.batches(batch_size)))
     nodes = inverse.reconstruct(x, y)
     feature = nodes[inverse.layer]
     moved = (feature.target - feature.forward).flatten(1).norm(dim=1)
-    first = moved.argsort(descending=True)[: samples - 1].tolist()
-    chosen = [*first, int(moved.argmin())]
+    order = moved.argsort(descending=True).tolist()
+    chosen = order if len(order) <= samples else [*order[: samples - 1], order[-1]]
     figure = plot.feature_maps(
         feature.forward[chosen],
         feature.target[chosen],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from frfx import networks
-from frfx.errors import ModelError, nearest
+from frfx.errors import ModelError, first_line, nearest
 
 KINDS = "paper:NAME, torchvision:NAME or FILE.py:FACTORY"
 
@@ -96,10 +96,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # a file of another kind fails in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise ModelError(
-            f"{str(path)!r} cannot be read as weights: {reason}. A state dict is expected, as "
-            "safetensors or as torch.save(model.state_dict(), ...) writes it"
+            f"{str(path)!r} cannot be read as weights: {first_line(error).partition('. ')[0]}. "
+            "A state dict is expected, as safetensors or as torch.save(model.state_dict(), ...) "
+            "writes it"
         ) from error
     try:
         model.load_state_dict(state)

@@ -139,13 +139,13 @@ argmax = define(
 )
 softmax = define(
     "softmax",
-    "input, dim=None, **_",
+    "input, dim=None, *_, **__",
     [nn.Softmax, nn.Softmax2d, F.softmax, torch.softmax, "softmax", aten.softmax.int]
     + [aten._softmax.default],
 )
 log_softmax = define(
     "log_softmax",
-    "input, dim=None, **_",
+    "input, dim=None, *_, **__",
     [nn.LogSoftmax, F.log_softmax, torch.log_softmax, "log_softmax", aten.log_softmax.int]
     + [aten._log_softmax.default],
 )

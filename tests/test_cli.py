@@ -1,12 +1,16 @@
 """The commands, as a user types them."""
 
+import sys
+
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import frfx
-from frfx import models, networks
+from frfx import demo, models, networks, plot
+from frfx.__main__ import main
 from frfx.cli import app
 
 run = CliRunner().invoke
@@ -58,6 +62,50 @@ def test_invert_writes_what_the_library_computes(weights, tmp_path):
     saved = load_file(output)
     torch.testing.assert_close(saved["target"], frfx.invert(model, 1, policy="minimal")(x, y))
     torch.testing.assert_close(saved["forward"], model[:3](x))
+
+
+def test_what_is_printed_is_not_wrapped(weights):
+    result = run(
+        app,
+        ["invert", "paper:digits", "--weights", str(weights), "--upto", "1", "--code"],
+        env={"COLUMNS": "40"},
+    )
+    inverse = frfx.invert(models.load_model("paper:digits", weights), 1)
+    assert inverse.code in result.output
+    assert "ElementwiseRule(tanh)" in result.output
+
+
+@pytest.mark.parametrize("samples", [1, 3, 6])
+def test_few_images_are_drawn_once_each(tmp_path, monkeypatch, samples):
+    drawn = []
+    monkeypatch.setattr(plot, "feature_maps", lambda f, *_, **__: drawn.append(f) or Figure())
+    images = frfx.data.load("digits", split="test").subset(samples, seed=0)
+    demo.draw(frfx.invert(networks.build("digits"), 1), images, tmp_path / "maps.png")
+    assert len(drawn[0].unique(dim=0)) == len(drawn[0]) == min(samples, 5)
+
+
+def test_invert_writes_what_the_name_says(tmp_path):
+    path = tmp_path / "features.pt"
+    result = run(app, ["invert", "paper:digits", "--upto", "2", "--output", str(path)])
+    assert result.exit_code == 0, result.output
+    assert set(torch.load(path, weights_only=True)) == {"target", "forward"}
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run(
+        app, ["invert", "paper:digits", "--upto", "2", "--output", str(tmp_path / "file" / "a.pt")]
+    )
+    assert result.exit_code == 1
+    assert "file" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "frfx.cli")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"needs typer: pip install 'frfx\[cli\]'"):
+        main()
 
 
 def test_post_train_changes_the_layers_asked_for(weights, tmp_path):

@@ -99,14 +99,15 @@ def make_plan(
         elif rule is not None:
             steps.append(Step(op, rule, node, inputs))
 
+    # Labels pass through softmax, and are embedded at the logits.
+    embedding: tuple[Op, fx.Node | None] = (_unsaid_argmax(tail.logits), None)
     for node in reversed(beyond):
         op = bind(node, traced, network.live)
         if op.type is vocabulary.argmax:
-            add(op, node, (tail.logits,))
-        elif not ends_in_argmax:
+            embedding = (op, node)
+        else:
             add(op, node, tuple(flow.predecessors(node)))
-    if not ends_in_argmax:
-        add(_unsaid_argmax(tail.logits), None, (tail.logits,))
+    add(*embedding, (tail.logits,))
     for node in reversed(tail.nodes):
         if node not in network.heads and node not in branching:
             op = bind(node, traced, network.live)

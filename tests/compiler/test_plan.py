@@ -217,3 +217,34 @@ def test_what_leads_to_no_output_is_no_problem():
             return self.fc(x)
 
     assert frfx.invert(Side(), "x")(torch.randn(5, 8), torch.arange(5) % 4).shape == (5, 8)
+
+
+def test_softmax_in_front_of_argmax_is_asked_too():
+    class OverTheBatch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return torch.softmax(self.fc(x), 0).argmax(1)
+
+    with pytest.raises(frfx.UnsupportedOpsError, match="softmax"):
+        frfx.invert(OverTheBatch(), "fc")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_labels_pass_through_softmax_in_front_of_argmax(dtype):
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(5, 4)
+
+        def forward(self, x):
+            return torch.softmax(self.fc(x), 1, dtype).argmax(1)
+
+    torch.manual_seed(0)
+    model, x, y = Classifier(), torch.randn(20, 5), torch.randint(4, (20,))
+    a_star = frfx.invert(model, "fc", policy="minimal")(x, y)
+    assert torch.equal(a_star.argmax(1), y)
+    expected = frfx.nearest_embedding(model.fc(x), y, 0.5)
+    torch.testing.assert_close(a_star, expected)
