@@ -35,7 +35,8 @@ wrong = model(x).argmax(1) != y
 nodes = inverse.reconstruct(x[wrong], y[wrong])
 feature = nodes[inverse.layer]
 
-deviation = (feature.target - feature.forward).flatten(2).norm(dim=2)
+moved = feature.target - feature.forward
+deviation = moved.reshape(*moved.shape[:2], -1).norm(dim=2)
 print(f"{int(wrong.sum())} mistakes; what {inverse.layer!r} should change for them, by channel:")
 for channel, share in enumerate((deviation**2).sum(0) / (deviation**2).sum()):
     print(f"  channel {channel:2d}  {float(share):6.1%}")

@@ -37,8 +37,9 @@ def invert(
             `frfx.layers(model)` lists both.
         policy: ``"paper"``, ``"minimal"``, or a value of `frfx.policy`.
         backend: What solves: ``"auto"`` or ``"torch"``, on the device of the model.
-        example_input: A batch. Not needed, except for models that only `torch.export` can trace;
-            if it is given, everything that depends on the image size is made ready at once.
+        example_input: A batch. Not needed, except for models that symbolic tracing cannot follow,
+            or gets wrong, and `torch.export` can; if it is given, everything that depends on the
+            image size is made ready at once.
 
     Returns:
         A module: `inverse(x, target)` is the feature `a*` that the layer should have produced.
@@ -62,7 +63,7 @@ def invert(
         check_batch(example_input, traced.batch)
     network = Network(traced)
     tail = network.tail(network.find(upto_layer))
-    shapes = None if example_input is None else run_forward(traced, example_input)[1]
+    shapes = None if example_input is None else run_forward(traced, example_input).shapes
     plan = make_plan(network, tail, chosen, shapes)
     recipe = functools.partial(
         invert,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -98,15 +99,16 @@ class HookedCnn(Cnn):
     def __init__(self) -> None:
         super().__init__()
         self.activations: dict[str, Any] = {}
+        self.stem.register_forward_pre_hook(_scale_input)
+        self.stem.register_forward_hook(_shift_output, with_kwargs=True)
         self.stem.register_forward_hook(self.remember)
-        self.conv.register_forward_pre_hook(_scale_input)
-        self.conv.register_forward_hook(_shift_output, with_kwargs=True)
+        self.conv.register_forward_hook(functools.partial(self.remember, key="conv"))
         self.fc.register_full_backward_hook(_look)
         self.register_state_dict_pre_hook(_look)
 
-    def remember(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Keep the output of `stem`."""
-        self.activations["stem"] = output.detach()
+    def remember(self, module: nn.Module, args: Any, output: Tensor, key: str = "stem") -> None:
+        """Keep the output of a module."""
+        self.activations[key] = output.detach()
 
 
 def _scale_input(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

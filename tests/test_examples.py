@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+COMMANDS = [[path.name] for path in sorted((ROOT / "examples").glob("*.py"))]
+COMMANDS.append(["explain.py", "--layer", "2"])  # a feature without a spatial shape
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_example(path, tmp_path):
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_example(command, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(path)],
+        [sys.executable, str(ROOT / "examples" / command[0]), *command[1:]],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -203,6 +203,24 @@ def test_function_with_further_arguments(kind):
     torch.testing.assert_close(cube(found.feature, 0.25), found["cube"].target)
 
 
+def stretched(x, **options):
+    """A function that takes what it is given by name."""
+    return x * options.get("by", 1.0)
+
+
+class Stretched(Net):
+    """Calls it."""
+
+    def forward(self, x):
+        return self.last(stretched(self.first(x), by=3.0))
+
+
+def test_function_with_arguments_that_it_does_not_name():
+    frfx.register_elementwise(stretched, inverse=lambda y, by=1.0: y / by)
+    found = frfx.invert(Stretched(None), "first").reconstruct(*batch())
+    torch.testing.assert_close(3 * found.feature, found["stretched"].target)
+
+
 class TwoInputs(Net):
     """Gives the function two activations."""
 

@@ -78,7 +78,7 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
     for name, value in values.items():
         if isinstance(value, fx.Node) and value in live:
             inputs[name] = value.name
-        elif isinstance(value, fx.Node) and value.op == "get_attr":
+        elif _is_tensor(value, traced.root):
             tensor_of[name] = functools.partial(_read, traced.root, str(value.target))
         elif isinstance(value, Tensor) and module is not None:
             tensor_of[name] = functools.partial(_read, module, name)
@@ -136,6 +136,12 @@ def _arguments(
             default = None if parameter.default is parameter.empty else parameter.default
             given[name] = getattr(module, name, default)
     return given
+
+
+def _is_tensor(value: Any, root: nn.Module) -> bool:
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return False
+    return isinstance(_read(root, str(value.target)), Tensor)
 
 
 def _read(owner: nn.Module, path: str) -> Tensor:

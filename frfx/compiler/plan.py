@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,17 +48,25 @@ class Plan:
     tail: Tail
     takes_scores: bool
 
-    def check_shapes(self, shapes: Mapping[fx.Node, Shape]) -> None:
-        """Ask every rule again, now that the shapes are known.
+    def check(self, shapes: Mapping[fx.Node, Shape], hooked: Collection[fx.Node]) -> None:
+        """Ask every rule again, now that the forward pass has run.
+
+        Args:
+            shapes: The activations' shapes without the batch.
+            hooked: The nodes whose modules compute something else because of a hook.
 
         Raises:
-            UnsupportedOpsError: If some rules cannot invert their ops at these shapes.
+            UnsupportedOpsError: If some rules cannot invert their ops as they are.
         """
         problems = []
         for step in self.steps:
             op = _with_shapes(step.op, step.node, step.inputs, shapes)
             reason = step.rule.supports(op)
-            if reason is not None:
+            if step.node in hooked:
+                reason = "a hook of the module changes its value, which no rule can see"
+                remedy = "remove the hook, or write what it does in the forward of the model"
+                problems.append(_problem(op, reason, step.rule, remedy))
+            elif reason is not None:
                 problems.append(_problem(op, reason, step.rule))
         if problems:
             raise UnsupportedOpsError(problems)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -193,11 +193,11 @@ class Preparation(nn.Module):
 
     def probe(self, x: Tensor) -> dict[fx.Node, Shape]:
         """Run the forward graph once: shapes, finite values, and agreement with the model."""
-        output, shapes = run_forward(self.traced, x)
+        probed = run_forward(self.traced, x)
         if self._size(x) not in self.shapes:
-            self._verify(output, x)
-        self.plan.check_shapes(shapes)
-        return shapes
+            self._verify(probed.output, x)
+        self.plan.check(probed.shapes, probed.hooked)
+        return probed.shapes
 
     def _verify(self, output: Tensor, x: Tensor) -> None:
         try:
@@ -244,9 +244,23 @@ class Preparation(nn.Module):
         return target.to(solve_dtype(x.dtype))
 
 
+class Probed(NamedTuple):
+    """What a run of the forward graph has shown.
+
+    Attributes:
+        output: Its output.
+        shapes: Every activation's shape, without the batch.
+        hooked: The nodes whose modules compute something else because of a hook.
+    """
+
+    output: Tensor
+    shapes: dict[fx.Node, Shape]
+    hooked: set[fx.Node]
+
+
 @torch.no_grad()
-def run_forward(traced: Traced, x: Tensor) -> tuple[Tensor, dict[fx.Node, Shape]]:
-    """Run the forward graph once; return its output and every activation's shape.
+def run_forward(traced: Traced, x: Tensor) -> Probed:
+    """Run the forward graph once, and look at every activation.
 
     Raises:
         InputError: If the forward pass cannot take the input; names the node.
@@ -255,7 +269,7 @@ def run_forward(traced: Traced, x: Tensor) -> tuple[Tensor, dict[fx.Node, Shape]
     _check_finite(x, "the input batch")
     with torch.autocast(x.device.type, enabled=False):
         probe = _Probe(traced)
-        return probe.run(x), probe.shapes
+        return Probed(probe.run(x), probe.shapes, probe.hooked)
 
 
 class _Probe(fx.Interpreter):
@@ -266,6 +280,7 @@ class _Probe(fx.Interpreter):
         self.extra_traceback = False  # leaves messages as they are
         self.traced, self.live = traced, live_nodes(traced.graph)
         self.shapes: dict[fx.Node, Shape] = {}
+        self.hooked: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -280,7 +295,16 @@ class _Probe(fx.Interpreter):
             self.shapes[n] = tuple(value.shape[1:])
             if n.op != "placeholder":
                 self._check(n, value)
+            if n.op == "call_module" and self._is_changed_by_hooks(n, value):
+                self.hooked.add(n)
         return value
+
+    def _is_changed_by_hooks(self, node: fx.Node, value: Tensor) -> bool:
+        module = self.traced.root.get_submodule(str(node.target))
+        if not module._forward_pre_hooks and not module._forward_hooks:
+            return False
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        return not torch.allclose(module.forward(*args, **kwargs), value)
 
     def _check(self, node: fx.Node, value: Tensor) -> None:
         if _is_finite(value):

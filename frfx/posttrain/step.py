@@ -221,7 +221,7 @@ def _check_graph(traced: Traced, x: Tensor) -> None:
     """Raise `TraceMismatchError` if a graph does not compute what the model computes."""
     traced = replace(traced, root=evaluation_view(traced.root))  # not in the mode of training
     x = x.to(next(traced.root.parameters()).dtype)  # autocast may have brought it in another
-    output, _ = run_forward(traced, x)
+    output = run_forward(traced, x).output
     with torch.autocast(x.device.type, enabled=False):
         same = is_output(output, traced, x)
     if not same:

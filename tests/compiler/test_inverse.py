@@ -355,6 +355,19 @@ def test_moving_unlinks_from_the_model():
     assert inverse(x, y).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])
+def test_moving_to_another_dtype_is_inverting_the_moved_model(dtype, called):
+    inverse = frfx.invert(small(), 1, policy="minimal")
+    if called:
+        inverse(*batch())
+    x, y = batch(dtype=dtype)
+    result = inverse.to(dtype)(x, y)
+    assert result.dtype == dtype
+    expected = frfx.invert(small().to(dtype), 1, policy="minimal")(x, y)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
 def test_moving_nowhere_keeps_the_link():
     model = small()
     inverse = frfx.invert(model, 1).to("cpu").float().to(torch.float32)

@@ -191,6 +191,85 @@ def test_shapes_can_be_the_reason_at_the_first_call():
     assert found["1"].shapes == op.shapes
 
 
+def hooked(**hooks) -> nn.Sequential:
+    """Return a network whose activation `1` carries hooks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    for kind, hook in hooks.items():
+        getattr(model[1], kind)(hook)
+    return model
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        {"register_forward_hook": lambda module, args, output: output * 2},
+        {"register_forward_pre_hook": lambda module, args: (args[0] + 1,)},
+    ],
+)
+def test_a_hook_that_changes_a_value_is_a_reason(hooks):
+    """A rule knows the module, and not what its hooks make of it."""
+    x, y = torch.randn(5, 4), torch.arange(5) % 3
+    inverse = frfx.invert(hooked(**hooks), "0")
+    for _ in range(2):
+        with pytest.raises(frfx.UnsupportedOpsError) as caught:
+            inverse(x, y)
+        (op,) = caught.value.ops
+        assert op.path == "1"
+        assert op.reason == "a hook of the module changes its value, which no rule can see"
+        assert op.remedy == "remove the hook, or write what it does in the forward of the model"
+    problems(hooked(**hooks), "0", example_input=x)
+    behind = frfx.invert(hooked(**hooks), "1")
+    torch.testing.assert_close(behind.reconstruct(x, y)["1"].forward, hooked(**hooks)[:2](x))
+
+
+def test_a_hook_that_looks_on_is_none():
+    seen = []
+    model = hooked(
+        register_forward_hook=lambda module, args, output: seen.append(output.shape),
+        register_forward_pre_hook=lambda module, args: None,
+    )
+    x, y = torch.randn(5, 4), torch.arange(5) % 3
+    expected = frfx.invert(hooked(), "0")(x, y)
+    torch.testing.assert_close(frfx.invert(model, "0")(x, y), expected)
+    assert set(seen) == {(5, 4)}
+
+
+def test_a_hook_of_a_container_is_traced():
+    """It becomes an op like any other."""
+
+    class Plain(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body, self.last = body, nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.last(self.body(x))
+
+    class Written(Plain):
+        def forward(self, x):
+            return self.last(self.body(x) * 2)
+
+    torch.manual_seed(0)
+    written = Written(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    plain = Plain(copy.deepcopy(written.body))
+    plain.last = written.last
+    plain.body.register_forward_hook(lambda module, args, output: output * 2)
+    x, y = torch.randn(5, 4), torch.arange(5) % 3
+    expected = frfx.invert(written, "body.0")(x, y)
+    torch.testing.assert_close(frfx.invert(plain, "body.0")(x, y), expected)
+
+
+def test_scripted_and_unregistered_parts():
+    """Outside of the walk they run as they are; within it they are named."""
+    x, y = torch.randn(5, 4), torch.arange(5) % 3
+    front = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3))
+    assert frfx.invert(front, "1")(x, y).shape == (5, 4)
+    within = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Tanh()), nn.Linear(4, 3))
+    with pytest.raises(frfx.UnsupportedOpsError, match="no rule is registered"):
+        frfx.invert(within, "0")
+
+
 def test_what_lies_before_the_layer_is_no_problem():
     class Front(nn.Module):
         def __init__(self):

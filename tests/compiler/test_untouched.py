@@ -195,7 +195,7 @@ def test_forward_of_the_model_still_works_after_a_failure():
         frfx.invert(model, "x")
     assert model.activations == {}
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
-    assert list(model.activations) == ["stem"]
+    assert list(model.activations) == ["stem", "conv"]
 
 
 def test_repeated_calls_do_not_fill_the_views_containers():
