@@ -106,7 +106,8 @@ class ElementwiseRule(Rule):
         return ElementwiseInversion(self.function, dict(op.arguments), self.clamp_margin)
 
     def __str__(self) -> str:
-        return f"ElementwiseRule({self.function.name})"
+        margin = "" if self.clamp_margin == 1e-3 else f", clamp_margin={self.clamp_margin}"
+        return f"ElementwiseRule({self.function.name}{margin})"
 
 
 def _everywhere(**_: Any) -> Range:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -134,7 +134,13 @@ class Rule(abc.ABC):
         """Return the module that inverts the op in the reconstruction graph."""
 
     def __str__(self) -> str:
-        return type(self).__name__
+        """Return the name, with the options that are not the default."""
+        options = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return type(self).__name__ + (f"({', '.join(options)})" if options else "")
 
 
 def one_input(op: Op, *read: str) -> str | None:

@@ -187,3 +187,16 @@ def test_spellings(spelling):
     found = reconstruct(spelling, x, target, w=weight, b=bias)
     residual = target.numpy() - (x.numpy() @ weight.numpy().T + bias.numpy())
     assert relative(found, x.numpy() + residual @ np.linalg.pinv(weight.numpy()).T) < 1e-13
+
+
+def test_a_rule_shows_the_options_that_are_not_the_default():
+    rules = frfx.rules
+    assert str(rules.LinearRule()) == "LinearRule"
+    assert str(rules.LinearRule(rcond=1e-3, damping=0.1)) == "LinearRule(rcond=0.001, damping=0.1)"
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    policy = frfx.policy.minimal(clamp_margin=0.01, damping=0.5)
+    assert [row.rule for row in frfx.invert(model, "1", policy=policy).summary()] == [
+        "NearestEmbeddingRule(label_margin=0.5)",
+        "LinearRule(damping=0.5)",
+        "ElementwiseRule(tanh, clamp_margin=0.01)",
+    ]
