@@ -63,7 +63,7 @@ def invert(
     with _errors():
         images = data.load(data_set, split="test")
         images = images.subset(min(samples, len(images)), seed=0)
-        inverse = frfx.invert(models.load_model(model, weights), _layer(upto), policy=policy)
+        inverse = frfx.invert(_trained(model, weights), _layer(upto), policy=policy)
         parts, targets, forwards = [], [], []
         for x, y in images.batches(batch_size):
             parts.append(frfx.measure(inverse, x, y))
@@ -98,13 +98,14 @@ def post_train(
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     policy: PolicyName = "paper",
     batch_size: BatchSize = 256,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of shuffling, dropout and weights not given.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Save to and resume from here.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the trained weights here.")] = None,
 ) -> None:
     """Post-train the layers l_S + 1 .. l_R of a network, the rest frozen."""
     with _errors():
-        network = models.load_model(model, weights)
+        torch.manual_seed(seed)
+        network = _trained(model, weights)
         generator = torch.Generator().manual_seed(seed)
         train = data.load(data_set, split="train")
         validation = data.load(data_set, split="test").batches(1000)
@@ -149,6 +150,14 @@ def run_demo(
     """Train a small network, invert every layer, and compare post-training FR with BP."""
     with _errors():
         demo.run(data_set, output, runs=runs, epochs=epochs, console=console)
+
+
+def _trained(spec: str, weights: Path | None) -> torch.nn.Module:
+    """Load a model; say so if it has not been trained, for the figures mean little then."""
+    model = models.load_model(spec, weights)
+    if weights is None and spec.startswith(("paper:", "torchvision:")):
+        demo.show(Console(stderr=True), f"{spec} without --weights is not trained")
+    return model
 
 
 def _layer(text: str) -> int | str:

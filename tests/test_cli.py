@@ -91,6 +91,16 @@ def test_invert_writes_what_the_name_says(tmp_path):
     assert set(torch.load(path, weights_only=True)) == {"target", "forward"}
 
 
+def test_without_weights_a_network_is_said_to_be_untrained(weights, tmp_path):
+    arguments = ["post-train", "paper:digits", "--upto", "2", "--epochs", "1", "--output"]
+    results = [run(app, [*arguments, str(tmp_path / f"{i}.pt"), "--seed", "3"]) for i in range(2)]
+    assert all("paper:digits without --weights is not trained" in r.stderr for r in results)
+    first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    result = run(app, ["invert", "paper:digits", "--weights", str(weights), "--upto", "2"])
+    assert "not trained" not in result.stderr
+
+
 def test_a_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     result = run(
