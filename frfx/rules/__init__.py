@@ -20,13 +20,8 @@ from frfx.rules.label import (
     one_hot,
 )
 from frfx.rules.linear import LinearRule
-from frfx.rules.pool import (
-    AdaptiveAvgPoolRule,
-    AvgPoolRule,
-    MaxPoolCopyRule,
-    MaxPoolMinimalRule,
-    MeanRule,
-)
+from frfx.rules.max_pool import MaxPoolCopyRule, MaxPoolMinimalRule
+from frfx.rules.pool import AdaptiveAvgPoolRule, AvgPoolRule, MeanRule
 from frfx.rules.shape import IdentityRule, PermuteRule, ReshapeRule, TransposeRule
 
 __all__ = [
