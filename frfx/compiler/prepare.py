@@ -97,6 +97,7 @@ class Preparation(nn.Module):
         self.shapes: OrderedDict[_Size, dict[fx.Node, Shape]] = OrderedDict()
         self.used: OrderedDict[tuple[str, Shape], None] = OrderedDict()
         self.weights: dict[str, Weights] = {}
+        self.place: tuple[torch.dtype, torch.device] | None = None
         self.baked_from: Weights | None = None
 
     @torch.compiler.disable
@@ -119,6 +120,7 @@ class Preparation(nn.Module):
         """
         check_batch(x, self.traced.batch)
         size = self._size(x)
+        self._move_to(x)
         if has_constants(self.traced.root):  # tracing may have computed them from buffers
             buffers = list(self.traced.root.buffers())
             if self.baked_from is None or not self.baked_from.match(buffers):
@@ -138,6 +140,17 @@ class Preparation(nn.Module):
                 self.weights[name] = Weights(self.factored[name].op.tensors())
         self.shapes.move_to_end(size)
         self._factorize(self.shapes[size])
+
+    def _move_to(self, x: Tensor) -> None:
+        """Forget the factors for another dtype or device: not all have weights that tell of it."""
+        if self.place == (x.dtype, x.device):
+            return
+        self.place = (x.dtype, x.device)
+        self.weights.clear()
+        with torch.inference_mode(False):
+            like = torch.empty(0, dtype=x.dtype, device=x.device)
+        for inversion in self.factored.values():
+            inversion.like = like
 
     def clear(self) -> None:
         """Forget every factor: the next call makes them anew."""
@@ -163,7 +176,8 @@ class Preparation(nn.Module):
         needed = set()
         by_name = {node.name: shape for node, shape in shapes.items()}
         for name, inversion in self.factored.items():
-            key = inversion.key(by_name[next(iter(inversion.op.inputs.values()))])
+            source = next(iter(inversion.op.inputs.values()))
+            key = inversion.key(by_name[source], by_name[inversion.op.name])
             needed.add((name, key))
             if key not in inversion.factors:
                 # Factors outlive the call: outside of inference mode, autograd may use them.

@@ -257,7 +257,7 @@ class SinPaperRule(Rule):
 class PReluInversion(FactoredInversion):
     """Nearest preimage under a leaky ReLU whose slope is the model's parameter."""
 
-    def key(self, input_shape: Shape) -> Shape:
+    def key(self, input_shape: Shape, output_shape: Shape) -> Shape:
         return (len(input_shape),)
 
     def factorize(self, key: Shape) -> preimage.Slope:
@@ -269,7 +269,7 @@ class PReluInversion(FactoredInversion):
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        x_star = preimage.leaky_relu(target, x, self.factor(x).slope)
+        x_star = preimage.leaky_relu(target, x, self.factor(x, output).slope)
         return torch.where(target == output, x, x_star)
 
 

@@ -53,26 +53,28 @@ class FactoredInversion(Inversion):
 
     Attributes:
         op: The op that is inverted.
-        factors: What has been made, by the key that `key` computes from the input's shape.
+        factors: What has been made, by the key that `key` computes from the shapes.
+        like: An empty tensor of the input's dtype and device, for factors that no weight places.
     """
 
     def __init__(self, op: Op) -> None:
         super().__init__()
         self.op = op
         self.factors: dict[Shape, Any] = {}
+        self.like = torch.empty(0)
 
-    def key(self, input_shape: Shape) -> Shape:
-        """Return what of the input's shape (without the batch) the factor depends on."""
-        del input_shape
+    def key(self, input_shape: Shape, output_shape: Shape) -> Shape:
+        """Return what of the shapes (without the batch) the factor depends on."""
+        del input_shape, output_shape
         return ()
 
     @abc.abstractmethod
     def factorize(self, key: Shape) -> Prepared:
         """Make the factor for one key from the weights as they are now."""
 
-    def factor(self, input: Tensor) -> Any:
-        """Return the factor for this input."""
-        return self.factors[self.key(tuple(input.shape[1:]))]
+    def factor(self, input: Tensor, output: Tensor) -> Any:
+        """Return the factor for an input and output of these shapes."""
+        return self.factors[self.key(tuple(input.shape[1:]), tuple(output.shape[1:]))]
 
 
 class AffineInversion(FactoredInversion):
@@ -96,8 +98,9 @@ class AffineInversion(FactoredInversion):
         self._operator, self._solver, self._key = operator, solver, key
         self.solver = solver.name
 
-    def key(self, input_shape: Shape) -> Shape:
+    def key(self, input_shape: Shape, output_shape: Shape) -> Shape:
         """Return what of the input's shape the operator depends on."""
+        del output_shape
         return () if self._key is None else self._key(input_shape)
 
     def factorize(self, key: Shape) -> Factor:
@@ -108,7 +111,7 @@ class AffineInversion(FactoredInversion):
         """Return `x^ + A+ (y* - y^)`."""
         (x,) = inputs
         with torch.autocast(x.device.type, enabled=False):
-            return x + self.factor(x).solve(target - output)
+            return x + self.factor(x, output).solve(target - output)
 
 
 @dataclass(frozen=True)
