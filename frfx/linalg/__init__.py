@@ -3,6 +3,7 @@
 from frfx.linalg.dense import Dense
 from frfx.linalg.operators import Convolution, Diagonal, Matrix
 from frfx.linalg.pseudo_inverse import Factor
+from frfx.linalg.separable import Separable
 from frfx.linalg.spectral import Spectral
 
-__all__ = ["Convolution", "Dense", "Diagonal", "Factor", "Matrix", "Spectral"]
+__all__ = ["Convolution", "Dense", "Diagonal", "Factor", "Matrix", "Separable", "Spectral"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from frfx.linalg import separable
 from frfx.linalg.operators import Diagonal, Matrix
 from frfx.linalg.pseudo_inverse import (
     Factor,
@@ -16,6 +17,7 @@ from frfx.linalg.pseudo_inverse import (
     pseudo_inverse,
     solve_dtype,
 )
+from frfx.linalg.separable import Separable
 
 
 class MatrixFactor(Factor):
@@ -49,8 +51,10 @@ class Dense:
     damping: float = 0.0
     name = "dense"
 
-    def prepare(self, operator: Matrix | Diagonal) -> Factor:
+    def prepare(self, operator: Matrix | Diagonal | Separable) -> Factor:
         """Factor an operator."""
+        if isinstance(operator, Separable):
+            return separable.prepare(operator, self.rcond, self.damping)
         if isinstance(operator, Diagonal):
             return self._diagonal(operator.diagonal)
         matrix = operator.matrix
