@@ -160,7 +160,7 @@ def _outer(vectors: Sequence[Tensor]) -> Tensor:
 
 def _any_beside(kept: Tensor, dim: int) -> Tensor:
     """Return for every place of a dimension whether anything there is kept."""
-    return kept.movedim(dim, 0).flatten(1).any(1)
+    return kept.movedim(dim, 0).reshape(kept.shape[dim], -1).any(1)
 
 
 def _unless_identity(matrix: Tensor, dtype: torch.dtype) -> Tensor | None:
