@@ -18,6 +18,8 @@ from frfx.errors import (
     TargetError,
     TraceError,
     TraceMismatchError,
+    UnreachedError,
+    UnreachedWarning,
     UnsupportedOpsError,
 )
 from frfx.metrics import Measurement, measure
@@ -47,6 +49,8 @@ __all__ = [
     "TargetError",
     "TraceError",
     "TraceMismatchError",
+    "UnreachedError",
+    "UnreachedWarning",
     "UnsupportedOpsError",
     "accuracy",
     "invert",

@@ -24,7 +24,7 @@ Model = Annotated[str, typer.Argument(help=f"The model: {models.KINDS}.")]
 Weights = Annotated[Path | None, typer.Option(help="State dict: .safetensors or torch.save's.")]
 Data = Annotated[str, typer.Option(help=f"The data set: {data.KINDS}.")]
 Upto = Annotated[str, typer.Option(help="l_R: a layer number or a node's name.")]
-PolicyName = Annotated[str, typer.Option(help="paper or minimal.")]
+PolicyName = Annotated[str, typer.Option(help="paper, minimal or joint.")]
 BatchSize = Annotated[int, typer.Option(min=1)]
 
 

@@ -55,6 +55,14 @@ class DataError(FrfxError, ValueError):
     """A data set is missing or not laid out as its reader expects."""
 
 
+class UnreachedError(FrfxError, ArithmeticError):
+    """Joint inversion has not brought every sample to its target, and the policy asks for that."""
+
+
+class UnreachedWarning(UserWarning):
+    """Joint inversion has not brought every sample to its target; the nearest miss is returned."""
+
+
 class ConditionWarning(UserWarning):
     """An operator is rank-deficient to working precision; the answer is the truncated one."""
 

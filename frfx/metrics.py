@@ -137,7 +137,8 @@ def measure(inverse: Inverse, x: Tensor, labels: Tensor) -> Measurement:
         values = nodes[step.op.path]
         if not values.target.is_floating_point():
             continue
-        reached = {node: nodes[traced.paths[node]].target for node in step.inputs}
+        known = (node for node in step.inputs if traced.paths[node] in nodes)  # not what is held
+        reached = {node: nodes[traced.paths[node]].target for node in known}
         given = {node: value.to(values.forward.dtype) for node, value in reached.items()}
         again = _forward_value(traced, step.node, {traced.input: x, **given})
         residuals.append(

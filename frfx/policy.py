@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from frfx import registry
 from frfx.errors import PolicyError, nearest
+from frfx.joint.options import JointOptions
 from frfx.ops import Op
 from frfx.rules.base import Rule
 
@@ -31,12 +32,15 @@ class Policy:
         options: Options by name; each rule takes those it has.
         by_op: Overrides by op type name.
         by_node: Overrides by node, named as `frfx.layers` lists it.
+        joint: How what lies below the layerwise rules is inverted as a whole; None where every op
+            has its rule.
     """
 
     principle: str
     options: Mapping[str, Any] = field(default_factory=dict)
     by_op: Mapping[str, Override] = field(default_factory=dict)
     by_node: Mapping[str, Override] = field(default_factory=dict)
+    joint: JointOptions | None = None
 
     def __post_init__(self) -> None:
         _check_options(self.options)
@@ -182,7 +186,61 @@ def minimal(
     )
 
 
-_NAMED: dict[str, Callable[[], Policy]] = {"paper": paper, "minimal": minimal}
+def joint(
+    *,
+    margin: float = 0.01,
+    constraint: str = "inequality",
+    steps: int = 12,
+    tolerance: float = 1e-2,
+    classes: int = 16,
+    unreached: str = "warn",
+    start: str | int | None = None,
+    regions: str | Sequence[str] = (),
+    layerwise: Policy | None = None,
+) -> Policy:
+    """Return the choice to invert the tail of the network as one function.
+
+    Among the features from which the network reaches its target, the one nearest to the forward
+    feature, by sequential quadratic programming: the label survives to any depth, and nothing needs
+    a rule. Integer labels ask that they win; a float target is to be met as it is, by matrix-free
+    conjugate gradients. The result carries no gradient. `inverse.report` tells of every sample how
+    it went.
+
+    Args:
+        margin: By how much the label wins, in units of the logits. A hundredth of it may be missing
+            where the label counts as reached.
+        constraint: For labels: ``"inequality"`` lets every logit move as long as the label wins by
+            the margin; ``"equality"`` asks for the nearest embedding of the logits.
+        steps: How many linearisations at most.
+        tolerance: A sample that has reached its target stops where a step would bring its deviation
+            down by less than this share.
+        classes: How many classes beside the label are looked at in one step, those most in the way.
+        unreached: What to do about samples that have not reached their target after the last step:
+            ``"warn"``, ``"raise"`` or ``"ignore"``. They come back as near to it as they came.
+        start: A node on every path to the output: the ops behind it are inverted by their rules,
+            what lies before it jointly. None for all of it.
+        regions: Nodes on every path to the output at which the joint part is cut: one region after
+            the other meets the feature that the one behind it asks for.
+        layerwise: Rules for the ops behind `start` and behind the logits; None for
+            `minimal(margin=margin)`.
+
+    Raises:
+        PolicyError: If an option is out of its range.
+    """
+    options = JointOptions(
+        steps=steps,
+        margin=margin,
+        constraint=constraint,
+        classes=classes,
+        tolerance=tolerance,
+        unreached=unreached,
+        start=start,
+        regions=tuple([regions] if isinstance(regions, str) else regions),
+    )
+    return replace(minimal(margin=margin) if layerwise is None else layerwise, joint=options)
+
+
+_NAMED: dict[str, Callable[[], Policy]] = {"paper": paper, "minimal": minimal, "joint": joint}
 
 
 def resolve(policy: Policy | str) -> Policy:
@@ -195,8 +253,9 @@ def resolve(policy: Policy | str) -> Policy:
         return policy
     if not isinstance(policy, str) or policy not in _NAMED:
         known = ", ".join(map(repr, _NAMED))
-        raise PolicyError(f"no policy {policy!r}.{nearest(str(policy), _NAMED)} Known: {known}")
+        hint = nearest(policy, _NAMED) if isinstance(policy, str) else ""
+        raise PolicyError(f"no policy {policy!r}.{hint} Known: {known}")
     return _NAMED[policy]()
 
 
-__all__ = ["Override", "Policy", "minimal", "paper", "resolve"]
+__all__ = ["Override", "Policy", "joint", "minimal", "paper", "resolve"]

@@ -17,6 +17,7 @@ from frfx.compiler.prepare import Finish, Preparation
 from frfx.compiler.trace import Traced
 from frfx.compiler.view import unlink
 from frfx.errors import NonFiniteError
+from frfx.joint import JointInversion, Report
 from frfx.ops import show_shape
 from frfx.rules.base import FactoredInversion
 
@@ -217,6 +218,19 @@ class Inverse(fx.GraphModule):
                 f"the inverse of {name!r} gives NaN or infinity: its target is out of the reach of "
                 "its weights or of the dtype. damping=... in the policy bounds it"
             )
+
+    @property
+    def report(self) -> dict[str, Report]:
+        """What became of every sample of the last call, by the node that was inverted jointly to.
+
+        Empty before the first call, and for policies that are not joint.
+        """
+        reports = {}
+        for stage in self._stages:
+            inversion = self.get_submodule(stage.module)
+            if isinstance(inversion, JointInversion) and inversion.report is not None:
+                reports[self.traced.paths[stage.step.inputs[0]]] = inversion.report
+        return reports
 
     def refresh(self) -> None:
         """Forget all factors, so that the next call makes them from the weights as they are."""

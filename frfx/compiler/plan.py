@@ -10,8 +10,10 @@ from torch import fx
 
 from frfx import vocabulary
 from frfx.compiler.bind import bind, op_type
+from frfx.compiler.regions import regions, top
 from frfx.compiler.tail import Network, Tail
 from frfx.errors import UnsupportedOp, UnsupportedOpsError
+from frfx.joint import REGION
 from frfx.ops import Op, Shape, describe
 from frfx.policy import Policy
 from frfx.rules.base import Rule
@@ -62,7 +64,7 @@ class Plan:
         for step in self.steps:
             op = _with_shapes(step.op, step.node, step.inputs, shapes)
             reason = step.rule.supports(op)
-            if step.node in hooked:
+            if step.node in hooked and op.type is not REGION:  # that runs its hooks
                 reason = "a hook of the module changes its value, which no rule can see"
                 remedy = "remove the hook, or write what it does in the forward of the model"
                 problems.append(_problem(op, reason, step.rule, remedy))
@@ -86,7 +88,12 @@ def make_plan(
     Raises:
         UnsupportedOpsError: If some ops cannot be inverted; names all of them.
         PolicyError: If the policy overrides a node that is not there.
+        LayerError: If the policy cuts the tail where a path goes past the cut.
     """
+    joint = [] if policy.joint is None else regions(network, tail, policy.joint)
+    below = tail
+    if joint and policy.joint is not None:
+        tail = network.tail(top(network, tail, policy.joint))  # above it, every op has its rule
     traced, flow = network.traced, network.flow
     beyond = [node for node in tail.nodes if node in network.heads]
     ends_in_argmax = any(op_type(node, traced.root) is vocabulary.argmax for node in beyond)
@@ -115,7 +122,8 @@ def make_plan(
             embedding = (op, node)
         else:
             add(op, node, tuple(flow.predecessors(node)))
-    add(*embedding, (tail.logits,))
+    if not joint or tail.cut is not tail.logits:  # else the first region takes the labels
+        add(*embedding, (tail.logits,))
     for node in reversed(tail.nodes):
         if node not in network.heads and node not in branching:
             op = bind(node, traced, network.live)
@@ -124,7 +132,8 @@ def make_plan(
         order = {traced.paths[node]: i for i, node in enumerate(traced.graph.nodes)}
         raise UnsupportedOpsError(sorted(problems, key=lambda p: order.get(p.path, len(order))))
     policy.check_nodes({s.op.path for s in steps} | {s.op.name for s in steps})
-    return Plan(tuple(steps), tail, takes_scores=not ends_in_argmax)
+    steps += [Step(op, rule, end, inputs) for op, rule, end, inputs in joint]
+    return Plan(tuple(steps), below, takes_scores=not ends_in_argmax)
 
 
 def _unsaid_argmax(logits: fx.Node) -> Op:

@@ -1,0 +1,153 @@
+"""The constraint that the label wins: `g_y(a) >= g_i(a) + m` for every other class i."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from frfx.joint.dual import nearest_point_multipliers
+from frfx.joint.region import Region
+
+_WINDOW = 0.2
+"""A class is in the way if it lies below the margin, or above by up to this share of the largest
+violation that the sample has had: a step of that size may bring it there."""
+
+_FORGET = 0.3
+
+_ROW_MEMORY = 1 << 27
+"""How many numbers the rows of one group of samples may hold."""
+
+
+class MarginConstraint:
+    """The label of every sample wins by a margin.
+
+    Args:
+        region: The network from the feature to the logits (N, K).
+        labels: Shape (N,).
+        margin: By how much the label must exceed every other logit.
+        slack: What may be missing of the margin where it counts as reached.
+        classes: How many other classes are linearised at most, those most in the way.
+    """
+
+    def __init__(
+        self, region: Region, labels: Tensor, margin: float, slack: float, classes: int
+    ) -> None:
+        self.region, self.labels, self.margin, self.slack = region, labels.long(), margin, slack
+        self.classes = classes
+        self.largest: Tensor | None = None
+
+    def linearise(self, feature: Tensor, rows: Tensor) -> MarginPoint:
+        """Return the constraint at the features (L, ...) of some samples."""
+        with torch.enable_grad():
+            leaf = feature.detach().requires_grad_()
+            logits = self.region(leaf, rows)
+        labels = self.labels[rows, None]
+        values = logits.detach()
+        surplus = values.gather(1, labels) - values - self.margin
+        surplus = surplus.scatter(1, labels, torch.inf)
+        violation = (-surplus.amin(1)).clamp(min=0)
+        if self.largest is None:
+            self.largest = surplus.new_zeros(len(self.labels))
+        finite = torch.isfinite(values).all(1)
+        largest = torch.where(finite, violation, 0).maximum(_FORGET * self.largest[rows])
+        self.largest[rows] = largest
+        return MarginPoint(self, leaf, rows, logits, surplus, violation, finite, largest)
+
+
+class MarginPoint:
+    """The constraint at one feature a sample.
+
+    Attributes:
+        violation: What is missing of the margin, shape (L,); infinite where it is not a number.
+        reached: Whether the label wins by the margin, up to the slack, shape (L,).
+    """
+
+    def __init__(
+        self,
+        constraint: MarginConstraint,
+        leaf: Tensor,
+        rows: Tensor,
+        logits: Tensor,
+        surplus: Tensor,
+        violation: Tensor,
+        finite: Tensor,
+        largest: Tensor,
+    ) -> None:
+        self._constraint, self._leaf, self._rows, self._logits = constraint, leaf, rows, logits
+        self.violation = torch.where(finite, violation, torch.inf)
+        self.reached = finite & (violation <= constraint.slack)
+        # The set is chosen anew at every step: what a step brings into the way is seen at the next.
+        self._surplus, self._rivals = surplus.topk(
+            min(constraint.classes, max(1, surplus.shape[1] - 1)), largest=False
+        )
+        window = (_WINDOW * largest).clamp(min=constraint.margin)
+        self._in_way = self._surplus < window[:, None]
+        self._in_way[:, 0] = True
+        self._in_way &= finite[:, None]
+
+    def correct(self, offset: Tensor, weight: Tensor, cut: Tensor, use_cut: Tensor) -> Tensor:
+        """Return the least correction d with which `weight * offset + d` meets the linearisation.
+
+        Args:
+            offset: From here to the forward feature, shape (L, n).
+            weight: How much of it is gone back, shape (L,).
+            cut: A step before this one, as from the forward feature, shape (L, n): the result may
+                not fall back behind it.
+            use_cut: Where, shape (L,), bool.
+        """
+        with torch.enable_grad():
+            gap = self._gap(self._logits, self._rows, self._rivals[:, 0])
+            (first,) = torch.autograd.grad(gap.sum(), self._leaf)
+        first = first.flatten(1)
+        # Samples that are not numbers, or touch every sample: no class is in the way of them.
+        correction = torch.zeros_like(first)
+        for group, width in self._groups(first.shape[1]):
+            in_way = self._in_way[group, :width]
+            matrix = first.new_zeros(len(group), width + 1, first.shape[1], dtype=torch.float64)
+            matrix[:, 0] = first[group]
+            self._fill(matrix, group, in_way)
+            matrix[:, width] = cut[group]
+            back = (weight[group, None] * offset[group]).double()
+            behind = (cut[group] * (cut[group] + offset[group])).double().sum(1, keepdim=True)
+            bound = torch.cat([-self._surplus[group, :width].double(), behind], 1)
+            bound = bound - (matrix @ back[..., None])[..., 0]
+            active = torch.cat([in_way, use_cut[group, None]], 1)
+            multipliers = nearest_point_multipliers(matrix @ matrix.mT, bound, active)
+            found = (matrix.mT @ multipliers[..., None])[..., 0]
+            correction[group] = found.to(correction.dtype)
+        return correction
+
+    def _groups(self, size: int) -> Iterator[tuple[Tensor, int]]:
+        """Yield samples with about as many classes in the way, and how many at most."""
+        count = self._in_way.sum(1)
+        low, most = 0, int(count.max()) if len(count) else 0
+        while low < most:
+            high = max(2, 2 * low)
+            group = ((count > low) & (count <= high)).nonzero()[:, 0]
+            width = min(high, most)
+            for part in group.split(max(1, _ROW_MEMORY // ((width + 1) * size))):
+                if len(part):
+                    yield part, width
+            low = high
+
+    def _fill(self, matrix: Tensor, group: Tensor, in_way: Tensor) -> None:
+        """Write the rows of all rivals but the first: one sample and class an entry of a batch."""
+        entry, place = in_way[:, 1:].nonzero(as_tuple=True)
+        width = max(1, len(self._rows))
+        for part, rank in zip(entry.split(width), (place + 1).split(width), strict=True):
+            sample = group[part]
+            rows = self._rows[sample]
+            with torch.enable_grad():
+                leaf = self._leaf.detach()[sample].requires_grad_()
+                gap = self._gap(
+                    self._constraint.region(leaf, rows), rows, self._rivals[sample, rank]
+                )
+                (gradient,) = torch.autograd.grad(gap.sum(), leaf)
+            matrix[part, rank] = gradient.flatten(1).double()
+
+    def _gap(self, logits: Tensor, rows: Tensor, rivals: Tensor) -> Tensor:
+        """Return `g_y - g_i` for one rival a row."""
+        labels = self._constraint.labels[rows, None]
+        return logits.gather(1, labels) - logits.gather(1, rivals[:, None])

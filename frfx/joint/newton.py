@@ -1,0 +1,163 @@
+"""Sequential quadratic programming towards the nearest feature that meets a constraint."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from frfx.joint.report import Report
+
+_PATIENCE = 2
+"""How often a sample that misses its target starts from the forward feature before it is restored:
+moved from where it is, by the least step to the target."""
+
+_REACH = 10.0
+"""The longest step, in norms of the forward feature: a linearisation says nothing so far away."""
+
+
+class Point(Protocol):
+    """A constraint, linearised at one feature a sample."""
+
+    violation: Tensor
+    reached: Tensor
+
+    def correct(self, offset: Tensor, weight: Tensor, cut: Tensor, use_cut: Tensor) -> Tensor:
+        """Return the least d with which `weight * offset + d` meets the linearised constraint."""
+
+
+class Constraint(Protocol):
+    """What the output must meet."""
+
+    def linearise(self, feature: Tensor, rows: Tensor) -> Point:
+        """Return the constraint at the features (L, ...) of the samples `rows` (L,)."""
+
+
+def nearest_feature(
+    constraint: Constraint, feature: Tensor, steps: int, tolerance: float
+) -> tuple[Tensor, Report]:
+    """Return the features nearest to the forward ones that meet a constraint.
+
+    Each step solves `min ||a - a^||` under the constraint linearised where the sample is. Where
+    that misses the target, the linearisation before is kept as one more constraint (max pooling
+    changes its winner under a step, and would change it back under the next); where it misses it
+    again, the sample takes the least step to the target from where it is, halved until that
+    improves. A sample that has reached its target goes on from there to come nearer to `a^`, and
+    leaves the batch once a step promises or brings less than the tolerance: the result is the
+    nearest feature met on the way, or the one that misses least.
+
+    Args:
+        constraint: What is to be met.
+        feature: `a^`, shape (N, ...).
+        steps: How many linearisations at most.
+        tolerance: Relative change of `||a - a^||` that is not worth another step.
+
+    Returns:
+        `a*`, and what became of every sample.
+    """
+    shape = feature.shape
+    start = feature.detach().flatten(1)
+    best = _Best(start)
+    live = _Live(start)
+    reach = _REACH * start.norm(dim=1)
+    reach = torch.where(reach > 0, reach, torch.inf)
+    for count in range(steps + 1):
+        if len(live.rows) == 0:  # synchronises, as every choice of samples does
+            break
+        rows, at = live.rows, live.at
+        point = constraint.linearise(at.reshape(-1, *shape[1:]), rows)
+        violation, reached = point.violation, point.reached
+        offset = start[rows] - at
+        distance = offset.norm(dim=1)
+        gain = best.update(rows, at, distance, violation, reached, count)
+        if count == steps:
+            break
+        stalls = ~reached & (violation >= live.before) & (live.restored | violation.isinf())
+        live.misses = torch.where(reached, 0, live.misses + (~stalls).long())
+        live.weight = torch.where(reached & (gain < 0), live.weight / 2, live.weight)
+        restored = ~reached & (live.misses > _PATIENCE)
+        weight = torch.where(reached, live.weight, (~restored).to(at.dtype))
+        use_cut = live.has_cut & ~reached & ~restored
+        found = point.correct(offset, weight, live.cut, use_cut)
+        whole = weight == 1
+        promise = torch.where(whole, found.norm(dim=1), 0)
+        done = reached & ((distance <= (1 + tolerance) * promise) | (gain.abs() < tolerance))
+        done |= reached & (distance == 0)
+        step = weight[:, None] * offset + found
+        length = step.norm(dim=1, keepdim=True)
+        step = step * (reach[rows, None] / length).clamp(max=1).nan_to_num(nan=1)
+        again = stalls[:, None]
+        live.length = torch.where(stalls, live.length * torch.where(violation.isinf(), 0.1, 0.5), 1)
+        live.base = torch.where(again, live.base, at)
+        live.step = torch.where(again, live.step, step)
+        live.before = torch.where(stalls, live.before, violation)
+        live.restored = torch.where(stalls, live.restored, restored)
+        live.cut = torch.where(again, live.cut, found)
+        live.has_cut = torch.where(stalls, live.has_cut, whole)
+        live.at = live.base + live.length[:, None] * live.step
+        live.keep(~done)
+    report = Report(best.reached, best.steps, best.distance, best.violation)
+    return best.at.reshape(shape), report
+
+
+class _Best:
+    """The nearest feature of every sample that meets the constraint, or the one that misses least.
+
+    Attributes:
+        steps: How many linearisations every sample has seen.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        count = len(start)
+        self.at = start.clone()
+        self.distance = start.new_zeros(count)
+        self.violation = start.new_full((count,), torch.inf)
+        self.reached = torch.zeros(count, dtype=torch.bool, device=start.device)
+        self.steps = torch.zeros(count, dtype=torch.long, device=start.device)
+
+    def update(
+        self,
+        rows: Tensor,
+        at: Tensor,
+        distance: Tensor,
+        violation: Tensor,
+        reached: Tensor,
+        count: int,
+    ) -> Tensor:
+        """Take over what is better; return by which share reached samples have come nearer."""
+        had = self.reached[rows]
+        gain = torch.where(had, 1 - distance / self.distance[rows], torch.inf)
+        less = ~had & (violation < self.violation[rows])
+        better = torch.where(reached, ~had | (gain > 0), less)
+        chosen = rows[better]
+        self.at[chosen] = at[better]
+        self.distance[chosen] = distance[better]
+        self.violation[chosen] = violation[better]
+        self.reached[chosen] = reached[better]
+        self.steps[rows] = count
+        return gain
+
+
+class _Live:
+    """What is known of the samples still under way; every attribute has one entry a sample."""
+
+    def __init__(self, start: Tensor) -> None:
+        count, device = len(start), start.device
+        self.rows = torch.arange(count, device=device)
+        self.at, self.base = start, start
+        self.step = torch.zeros_like(start)
+        self.length = start.new_ones(count)
+        self.before = start.new_full((count,), torch.inf)
+        self.weight = start.new_ones(count)
+        self.misses = torch.zeros(count, dtype=torch.long, device=device)
+        self.restored = torch.zeros(count, dtype=torch.bool, device=device)
+        self.cut = torch.zeros_like(start)
+        self.has_cut = torch.zeros(count, dtype=torch.bool, device=device)
+
+    def keep(self, chosen: Tensor) -> None:
+        """Let the other samples leave."""
+        index = chosen.nonzero()[:, 0]
+        if len(index) < len(chosen):
+            for name, value in vars(self).items():
+                setattr(self, name, value[index])

@@ -1,0 +1,40 @@
+"""The options of joint inversion."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from frfx.errors import PolicyError
+
+_CHOICES = {"constraint": ("inequality", "equality"), "unreached": ("warn", "raise", "ignore")}
+
+
+@dataclass(frozen=True)
+class JointOptions:
+    """What `frfx.policy.joint` sets, and describes."""
+
+    steps: int = 12
+    margin: float = 0.01
+    constraint: str = "inequality"
+    classes: int = 16
+    tolerance: float = 1e-2
+    unreached: str = "warn"
+    start: str | int | None = None
+    regions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                shown = " or ".join(map(repr, choices))
+                raise PolicyError(f"{name} is {shown}, not {getattr(self, name)!r}")
+        for name in ("steps", "classes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PolicyError(f"{name} is a whole number from 1 on, not {value!r}")
+        for name in ("margin", "tolerance"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise PolicyError(f"{name} is a finite number above 0, not {value!r}")
+        if not all(isinstance(name, str) for name in self.regions):
+            raise PolicyError(f"regions are names of nodes, not {self.regions!r}")
