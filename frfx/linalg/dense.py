@@ -14,27 +14,46 @@ from frfx.linalg.pseudo_inverse import (
     Factor,
     Spectrum,
     default_rcond,
+    nbytes,
     pseudo_inverse,
     solve_dtype,
 )
 from frfx.linalg.separable import Separable
 
 
+@dataclass(frozen=True)
 class MatrixFactor(Factor):
     """`inverse` is the pseudo-inverse, shape (n, m)."""
+
+    inverse: Tensor
+    spectrum: Spectrum
 
     def solve(self, residual: Tensor) -> Tensor:
         """Map residuals (..., m) to deviations (..., n)."""
         return F.linear(residual.to(self.inverse.dtype), self.inverse)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that the factor holds, in bytes."""
+        return nbytes(self.inverse)
 
+
+@dataclass(frozen=True)
 class DiagonalFactor(Factor):
     """`inverse` broadcasts as the diagonal does; in double, so that it limits no precision."""
+
+    inverse: Tensor
+    spectrum: Spectrum
 
     def solve(self, residual: Tensor) -> Tensor:
         """Map residuals to deviations entry by entry, in the residual's precision."""
         dtype = solve_dtype(residual.dtype)
         return residual.to(dtype) * self.inverse.to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the factor holds, in bytes."""
+        return nbytes(self.inverse)
 
 
 @dataclass(frozen=True)

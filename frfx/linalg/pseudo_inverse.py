@@ -32,16 +32,13 @@ class Spectrum:
         return self.largest / self.smallest if self.smallest > 0 else float("inf")
 
 
-@dataclass(frozen=True)
 class Factor(abc.ABC):
     """An operator made ready for solving; the same for every sample and every batch.
 
     Attributes:
-        inverse: The pseudo-inverse in the solver's own layout.
         spectrum: The operator's singular values in short.
     """
 
-    inverse: Tensor
     spectrum: Spectrum
 
     @abc.abstractmethod
@@ -49,9 +46,9 @@ class Factor(abc.ABC):
         """Return the least-norm least-squares solution of `operator(d) = residual`."""
 
     @property
+    @abc.abstractmethod
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes."""
-        return self.inverse.numel() * self.inverse.element_size()
 
 
 def solve_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,6 +59,11 @@ def solve_dtype(dtype: torch.dtype) -> torch.dtype:
 def default_rcond(dtype: torch.dtype, size: int) -> float:
     """Return NumPy's cutoff for singular values, in the precision that is solved in."""
     return torch.finfo(solve_dtype(dtype)).eps * size
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Return the memory of tensors, in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def pseudo_inverse(

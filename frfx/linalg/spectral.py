@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from frfx.linalg.operators import Convolution
-from frfx.linalg.pseudo_inverse import Factor, default_rcond, pseudo_inverse, solve_dtype
+from frfx.linalg.pseudo_inverse import (
+    Factor,
+    Spectrum,
+    default_rcond,
+    nbytes,
+    pseudo_inverse,
+    solve_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,8 @@ class SpectralFactor(Factor):
         dtype: The real type that is solved in.
     """
 
+    inverse: Tensor
+    spectrum: Spectrum
     size: tuple[int, ...]
     dtype: torch.dtype
 
@@ -38,6 +47,11 @@ class SpectralFactor(Factor):
         by_frequency = spectrum.flatten(2).permute(2, 1, 0)
         solution = (self.inverse @ by_frequency).permute(2, 1, 0).unflatten(2, half)
         return torch.fft.irfftn(solution, s=self.size, dim=dims)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the factor holds, in bytes."""
+        return nbytes(self.inverse)
 
 
 @dataclass(frozen=True)
