@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from frfx.linalg import Convolution, Dense, Diagonal, Factor, Matrix, Spectral
+from frfx.linalg import Convolution, Dense, Diagonal, Factor, Matrix, Separable, Spectral
 from frfx.ops import Op, Shape
 
 
@@ -90,7 +90,7 @@ class AffineInversion(FactoredInversion):
     def __init__(
         self,
         op: Op,
-        operator: Callable[[Op, Shape], Matrix | Diagonal | Convolution],
+        operator: Callable[[Op, Shape], Matrix | Diagonal | Convolution | Separable],
         solver: Dense | Spectral,
         key: Callable[[Shape], Shape] | None = None,
     ) -> None:

@@ -1,81 +1,178 @@
-"""Average pooling with stride = kernel, global pooling, and means."""
+"""Average pooling of any geometry, adaptive and global pooling, and means."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from frfx import vocabulary
-from frfx.ops import Op
+from frfx.linalg import Dense, Factor
+from frfx.linalg.pseudo_inverse import Spectrum, solve_dtype
+from frfx.ops import Op, Shape
 from frfx.registry import register_rule
 from frfx.rules.base import Inversion, Rule, one_input, spans_batch
-from frfx.rules.windows import TiledInversion, spatial_dims, tiling, unbatched
+from frfx.rules.separable import SeparableInversion, equal_singular_values, impulses, response
+from frfx.rules.windows import spatial_dims
 
 
-class SpreadDeviation(TiledInversion):
-    """Every entry of a window takes the deviation of the window's mean, times a factor."""
+@dataclass(frozen=True)
+class Spread(Factor):
+    """The pseudo-inverse of averages over windows that tile the image: copies, times a number.
 
-    def __init__(self, kernel: tuple[int, ...], factor: float = 1.0) -> None:
-        super().__init__(kernel)
-        self.factor = factor
+    Attributes:
+        kernel: The size of a window.
+        beyond: How many entries lie behind the last window, by dimension.
+        share: What the copies are multiplied by.
+        spectrum: The operator's singular values in short: they are all the same.
+    """
 
-    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        deviation = self.spread(self.factor * (target - output))
-        return self.place(self.covered(x, deviation) + deviation, x)
+    kernel: tuple[int, ...]
+    beyond: tuple[int, ...]
+    share: float
+    spectrum: Spectrum
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """Copy every entry to all of its window."""
+        deviation = self.share * residual.to(solve_dtype(residual.dtype))
+        for dim in range(len(self.kernel), 0, -1):  # the last first: memory is read in order
+            if self.kernel[dim - 1] != 1:
+                deviation = deviation.repeat_interleave(
+                    self.kernel[dim - 1], dim - 1 - len(self.kernel)
+                )
+        if any(self.beyond):
+            deviation = F.pad(deviation, [n for rest in self.beyond[::-1] for n in (0, rest)])
+        return deviation
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the factor holds: none."""
+        return 0
+
+
+def _spread(kernel: tuple[int, ...], divisor: float, key: Shape, solver: Dense) -> Spread:
+    """Return the pseudo-inverse of sums over windows that tile an image, divided by a number.
+
+    Args:
+        kernel: The size of a window.
+        divisor: What the sums are divided by.
+        key: The sizes of the dimensions, before and after.
+        solver: Has the cutoff and the damping; both see one singular value only.
+    """
+    count, dims = math.prod(kernel), len(kernel)
+    singular = math.sqrt(count) / abs(divisor)
+    left = equal_singular_values(solver.rcond, solver.damping)
+    sizes = zip(key[:dims], key[dims:], kernel, strict=True)
+    beyond = tuple(size - onto * window for size, onto, window in sizes)
+    return Spread(kernel, beyond, left * divisor / count, Spectrum(singular, singular, left == 0))
+
+
+class AverageInversion(SeparableInversion):
+    """Average pooling; windows that tile the image need no matrices."""
+
+    def __init__(self, op: Op, solver: Dense) -> None:
+        super().__init__(op, spatial_dims(op), self._averages, solver)
+        self.kernel, self.padding = (self._argument(name) for name in ("kernel_size", "padding"))
+        no_stride = op.arguments["stride"] in (None, (), [])
+        self.stride = self.kernel if no_stride else self._argument("stride")
+        self.divisor = op.arguments["divisor_override"]
+
+    def factorize(self, key: Shape) -> Factor:
+        """Factor the pooling of one image size."""
+        dims = len(self.kernel)
+        sizes = zip(key[:dims], key[dims:], self.kernel, strict=True)
+        within = all(onto * window <= size for size, onto, window in sizes)
+        if self.stride == self.kernel and not any(self.padding) and within:
+            divisor = self.divisor or math.prod(self.kernel)
+            return _spread(self.kernel, divisor, key, self.options)
+        return super().factorize(key)
+
+    def _argument(self, name: str) -> tuple[int, ...]:
+        return self.op.sizes(name, spatial_dims(self.op))
+
+    def _averages(self, dim: int, size: int, onto: int, like: Tensor) -> Tensor:
+        """Return what pooling does along one dimension: the divisors are products, too."""
+        del onto
+        images = impulses(size, 1, 0, like.double())
+        geometry = (self.kernel[dim], self.stride[dim], self.padding[dim])
+        modes = (self.op.arguments[name] for name in ("ceil_mode", "count_include_pad"))
+        matrix = response(F.avg_pool1d(images, *geometry, *modes))
+        if self.divisor is None:
+            return matrix
+        windows = (matrix != 0).double()
+        return windows / self.divisor if dim == 0 else windows
 
 
 @register_rule(vocabulary.avg_pool)
 @dataclass(frozen=True)
 class AvgPoolRule(Rule):
-    """`x* = x^ + A+ (y* - y^)`: each window shifts by the deviation of its mean."""
+    """`x* = x^ + A+ (y* - y^)`, whether windows overlap, are padded or reach beyond the image.
 
-    equation = "Eq. 4"
+    Average pooling is a matrix a spatial dimension, and so is its pseudo-inverse. Where windows
+    tile the image, each just shifts by the deviation of its mean.
+
+    Attributes:
+        rcond: Singular values up to this share of the largest count as zero; None for the
+            machine epsilon times the largest dimension.
+        damping: Tikhonov's parameter relative to the squared largest singular value.
+    """
+
+    equation = "Eq. 4-7"
+    rcond: float | None = None
+    damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
-        return tiling(op)
+        windows = ("kernel_size", "stride", "padding")
+        return one_input(op, *windows, "ceil_mode", "count_include_pad", "divisor_override")
 
     def build(self, op: Op) -> Inversion:
-        kernel = op.sizes("kernel_size", spatial_dims(op))
-        count = 1
-        for size in kernel:
-            count *= size
-        divisor = op.arguments["divisor_override"]
-        return SpreadDeviation(kernel, 1.0 if divisor is None else divisor / count)
+        return AverageInversion(op, Dense(self.rcond, self.damping))
 
 
-class SpreadToSize(Inversion):
-    """Adaptive pooling onto a size that divides the image: the windows follow from the shapes."""
+class AdaptiveInversion(SeparableInversion):
+    """Adaptive average pooling; windows that tile the image need no matrices."""
 
-    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        deviation = target - output
-        for dim in range(2, x.ndim):
-            deviation = deviation.repeat_interleave(x.shape[dim] // output.shape[dim], dim)
-        return x + deviation
+    def __init__(self, op: Op, solver: Dense) -> None:
+        super().__init__(op, spatial_dims(op), adaptive_averages, solver)
+
+    def factorize(self, key: Shape) -> Factor:
+        """Factor the pooling from one size onto another."""
+        dims = len(key) // 2
+        sizes = list(zip(key[:dims], key[dims:], strict=True))
+        if any(size % onto for size, onto in sizes):
+            return super().factorize(key)
+        kernel = tuple(size // onto for size, onto in sizes)
+        return _spread(kernel, math.prod(kernel), key, self.options)
+
+
+def adaptive_averages(dim: int, size: int, onto: int, like: Tensor) -> Tensor:
+    """Return the matrix of adaptive average pooling along one dimension."""
+    del dim
+    return response(F.adaptive_avg_pool1d(impulses(size, 1, 0, like.double()), onto))
 
 
 @register_rule(vocabulary.adaptive_avg_pool)
 @dataclass(frozen=True)
 class AdaptiveAvgPoolRule(Rule):
-    """`x* = x^ + A+ (y* - y^)` for global pooling and all outputs whose size divides the image."""
+    """`x* = x^ + A+ (y* - y^)` for outputs of any size, smaller or larger than the image.
 
-    equation = "Eq. 4"
+    Attributes:
+        rcond: Singular values up to this share of the largest count as zero; None for the
+            machine epsilon times the largest dimension.
+        damping: Tikhonov's parameter relative to the squared largest singular value.
+    """
+
+    equation = "Eq. 4-7"
+    rcond: float | None = None
+    damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
-        reason = one_input(op)
-        if reason or op.input_shapes is None or op.output_shape is None:
-            return reason
-        if unbatched(op, spatial_dims(op)):
-            return f"its input has no batch dimension: {op.show_shapes()}"
-        size, pooled = op.input_shapes[0][1:], op.output_shape[1:]
-        if any(s % p for s, p in zip(size, pooled, strict=True)):
-            return f"windows of unequal size: the output {pooled} does not divide the image {size}"
-        return None
+        return one_input(op)
 
     def build(self, op: Op) -> Inversion:
-        return SpreadToSize()
+        return AdaptiveInversion(op, Dense(self.rcond, self.damping))
 
 
 class SpreadMean(Inversion):
@@ -84,15 +181,16 @@ class SpreadMean(Inversion):
     Args:
         dims: The dimensions that the mean is taken over.
         keepdim: Whether the op keeps them.
+        factor: What the deviation is multiplied by.
     """
 
-    def __init__(self, dims: tuple[int, ...], keepdim: bool) -> None:
+    def __init__(self, dims: tuple[int, ...], keepdim: bool, factor: float = 1.0) -> None:
         super().__init__()
-        self.dims, self.keepdim = dims, keepdim
+        self.dims, self.keepdim, self.factor = dims, keepdim, factor
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        deviation = target - output
+        deviation = self.factor * (target - output)
         if not self.keepdim:
             for dim in sorted(d % x.ndim for d in self.dims):
                 deviation = deviation.unsqueeze(dim)
@@ -102,24 +200,32 @@ class SpreadMean(Inversion):
 @register_rule(vocabulary.mean)
 @dataclass(frozen=True)
 class MeanRule(Rule):
-    """`x* = x^ + A+ (y* - y^)`: all entries shift by the deviation of their mean."""
+    """`x* = x^ + A+ (y* - y^)`: all entries shift by the deviation of their mean.
+
+    Attributes:
+        rcond: Cuts everything off from 1 on: the singular values are all the same.
+        damping: Tikhonov's parameter relative to the squared singular value.
+    """
 
     equation = "Eq. 4"
+    rcond: float | None = None
+    damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "dim", "keepdim")
         if reason:
             return reason
-        dims = _meanspatial_dims(op)
+        dims = _mean_dims(op)
         if not dims or spans_batch(op, dims):
             return "it averages over the batch, so samples depend on each other"
         return None
 
     def build(self, op: Op) -> Inversion:
-        return SpreadMean(_meanspatial_dims(op), op.arguments["keepdim"])
+        factor = equal_singular_values(self.rcond, self.damping)
+        return SpreadMean(_mean_dims(op), op.arguments["keepdim"], factor)
 
 
-def _meanspatial_dims(op: Op) -> tuple[int, ...]:
+def _mean_dims(op: Op) -> tuple[int, ...]:
     """Return the dimensions that a mean is taken over; none stand for all of them."""
     dims = op.arguments["dim"]
     return (dims,) if isinstance(dims, int) else tuple(dims or ())
