@@ -68,6 +68,29 @@ max_pool = define(
     + [torch.max_pool1d, torch.max_pool2d, torch.max_pool3d]
     + [aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default],
 )
+adaptive_max_pool = define(
+    "adaptive_max_pool",
+    "input, output_size, return_indices=False, **_",
+    [nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d]
+    + [F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d],
+)
+# These return the indices whatever they are told. The tracer replaces them where nobody reads them.
+spell(
+    max_pool,
+    [F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices]
+    + [torch.max_pool1d_with_indices, aten.max_pool1d_with_indices.default]
+    + [aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default],
+    "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, _=None, "
+    "indices=True, **__",
+)
+spell(
+    adaptive_max_pool,
+    [F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices]
+    + [F.adaptive_max_pool3d_with_indices, torch.adaptive_max_pool1d]
+    + [aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default]
+    + [aten.adaptive_max_pool3d.default],
+    "input, output_size, _=None, indices=True, **__",
+)
 avg_pool = define(
     "avg_pool",
     "input, kernel_size, stride=None, padding=0, ceil_mode=False, "

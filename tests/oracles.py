@@ -13,7 +13,7 @@ import numpy as np
 import quadprog
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linprog
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp, nnls
 from torch import Tensor, nn
 
 import frfx
@@ -225,6 +225,72 @@ def window_distance(window: Array, value: float) -> float:
     clipped = np.maximum(window - value, 0) ** 2
     raised = (window - value) ** 2
     return float(np.sqrt((clipped.sum() - clipped + raised).min()))
+
+
+def windows_of(pool: Callable[[Tensor], Tensor], size: tuple[int, ...]) -> Array:
+    """Return which entries of an image a max pooling op reads for every value, by trying each.
+
+    Returns:
+        Booleans (values, entries).
+    """
+    count = int(np.prod(size))
+    images = torch.eye(count, dtype=torch.float64).view(count, 1, *size)
+    return pool(images).flatten(1).T.numpy() > 0
+
+
+def pooled(windows: Array, image: Array) -> Array:
+    """Return the largest entry of every window of a flat image."""
+    return np.where(windows, image, -np.inf).max(1)
+
+
+def bounds_of(windows: Array, target: Array) -> Array:
+    """Return the least target among the windows that read each entry; infinite if none does."""
+    return np.where(windows, target[:, None], np.inf).min(0, initial=np.inf)
+
+
+def nearest_max_unpool(windows: Array, image: Array, target: Array) -> float:
+    """Return the squared distance of a flat image from those whose windows have these maxima.
+
+    An integer program chooses the entries that are raised; infinite if there is no such image.
+    """
+    bound = bounds_of(windows, target)
+    served = windows & (bound[None] == target[:, None])
+    if not served.any(1).all():
+        return float("inf")
+    lowered = np.maximum(image - bound, 0) ** 2
+    raised = np.maximum(np.where(served.any(0), bound, image) - image, 0) ** 2
+    chosen = milp(
+        raised,
+        constraints=LinearConstraint(served.astype(float), 1, np.inf),
+        integrality=np.ones_like(raised),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0},
+    )
+    assert chosen.status == 0
+    return float(lowered.sum() + raised[chosen.x > 0.5].sum())
+
+
+def least_pooling_residual(windows: Array, target: Array) -> float:
+    """Return the least squared distance of the maxima of any image from a target.
+
+    Brute force: every window names the entry that is its maximum, so the windows that read that
+    entry have at least its value. Given the names, the values are the projection on a cone.
+    """
+    readers = [frozenset(np.flatnonzero(column)) for column in windows.T]
+    options = []
+    for window in windows:
+        mine = {readers[entry] for entry in np.flatnonzero(window)}
+        options.append([r for r in mine if not any(other < r for other in mine)])
+    least = np.inf
+    for named in itertools.product(*options):
+        pairs = sorted({(j, k) for j, r in enumerate(named) for k in r if k != j})
+        if not pairs:
+            return 0.0
+        cone = np.zeros((len(target), len(pairs)))
+        for column, (low, high) in enumerate(pairs):
+            cone[low, column], cone[high, column] = -1, 1
+        least = min(least, ((cone @ nnls(cone, -target)[0]) ** 2).sum())
+    return float(least)
 
 
 def nearest_crossing(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
@@ -12,6 +16,16 @@ from torch.nn import functional as F
 from frfx.compiler.constants import has_path, keep_constants, scratch_to_trace
 
 aten = torch.ops.aten
+
+_VALUES_ONLY: dict[Any, Callable[..., Any]] = {
+    aten.max_pool1d_with_indices.default: F.max_pool1d,
+    aten.max_pool2d_with_indices.default: F.max_pool2d,
+    aten.max_pool3d_with_indices.default: F.max_pool3d,
+    aten.adaptive_max_pool1d.default: F.adaptive_max_pool1d,
+    aten.adaptive_max_pool2d.default: F.adaptive_max_pool2d,
+    aten.adaptive_max_pool3d.default: F.adaptive_max_pool3d,
+}
+"""Overloads that return indices beside the values, asked for or not, and the op without them."""
 
 
 def trace_by_export(view: nn.Module, example: Tensor) -> tuple[fx.Graph, int | None]:
@@ -50,6 +64,8 @@ def trace_by_export(view: nn.Module, example: Tensor) -> tuple[fx.Graph, int | N
             batch = int(size) if is_concrete_int(size) else None
         elif node.target is aten._native_batch_norm_legit_no_training.default:
             _restore_batch_norm(graph, node)
+        elif node.target in _VALUES_ONLY:
+            _drop_indices(graph, node)
         elif node.op == "output":  # what the forward writes to buffers is an output, too
             kinds = [spec.kind for spec in signature.output_specs]
             pairs = zip(node.args[0], kinds, strict=True)
@@ -66,5 +82,18 @@ def _restore_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     norm.meta.update(node.meta)
     for user in list(node.users):
         user.replace_all_uses_with(norm)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _drop_indices(graph: fx.Graph, node: fx.Node) -> None:
+    """Replace max pooling whose indices nobody reads by what returns the values alone."""
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+        return
+    with graph.inserting_before(node):
+        values = graph.call_function(_VALUES_ONLY[node.target], node.args, node.kwargs)
+    values.meta.update({**node.meta, "val": node.meta["val"][0]})
+    for user in list(node.users):
+        user.replace_all_uses_with(values)
         graph.erase_node(user)
     graph.erase_node(node)

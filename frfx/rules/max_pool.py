@@ -1,7 +1,10 @@
-"""Max pooling."""
+"""Max pooling of any geometry, and adaptive max pooling."""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,66 +12,245 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from frfx import vocabulary
-from frfx.ops import Op
+from frfx.ops import Op, Shape
 from frfx.registry import register_rule
-from frfx.rules.base import Inversion, Rule
-from frfx.rules.windows import TiledInversion, spatial_dims, tiling
+from frfx.rules.axis import (
+    Axis,
+    adaptive_axes,
+    fold,
+    frame,
+    highest,
+    lowest,
+    regular_axes,
+    taps,
+)
+from frfx.rules.base import Inversion, Rule, one_input
+from frfx.rules.windows import spatial_dims, unbatched
 
 _MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
-
-class CopyToWindow(TiledInversion):
-    """Every entry of a window takes the window's target."""
-
-    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
-        return self.place(self.spread(target), inputs[0])
+_SMALL = 9
+"""Up to how many entries a window is read entry by entry on a CPU, where torch's own search for the
+maximum is slow for small windows and fast for large ones."""
 
 
-class MinimalMaxUnpool(TiledInversion):
-    """The forward maximum takes the target, and what would exceed it is clipped to it."""
+class MaxPoolInversion(Inversion):
+    """Inverse of max pooling.
+
+    Args:
+        geometry: Returns the windows for the spatial sizes of the input and of the output.
+    """
+
+    def __init__(self, geometry: Callable[[Shape, Shape], tuple[Axis, ...]]) -> None:
+        super().__init__()
+        self.geometry = geometry
+
+    def axes(self, x: Tensor, output: Tensor) -> tuple[Axis, ...]:
+        """Return the windows along every spatial dimension."""
+        return self.geometry(tuple(x.shape[2:]), tuple(output.shape[2:]))
+
+
+class CopyToWindow(MaxPoolInversion):
+    """Every entry takes the least target of the windows that read it; what none reads stays."""
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        pool = _MAX_POOL[len(self.kernel) - 1]
-        _, argmax = pool(x, self.kernel, return_indices=True)
-        clipped = torch.minimum(
-            self.covered(x, spread := self.spread(target)).to(target.dtype), spread
-        )
-        image = self.place(clipped, x).contiguous()
-        return (
-            image.flatten(2)
-            .scatter(2, argmax.flatten(2), target.flatten(2).to(image.dtype))
-            .view(image.shape)
-        )
+        axes = self.axes(x, output)
+        copies = lowest(target, axes)
+        if all(axis.complete for axis in axes):
+            return copies
+        return torch.where(copies < math.inf, copies, x)
+
+
+class MinimalMaxUnpool(MaxPoolInversion):
+    """The nearest image whose windows have the target as their maximum."""
+
+    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        axes = self.axes(x, output)
+        if all(axis.disjoint for axis in axes):
+            size = math.prod([axis.kernel for axis in axes])
+            if size <= _SMALL and x.is_cpu and all(axis.inside for axis in axes):
+                return _unpool_small_tiles(target, output, x, axes)
+            bound, place = lowest(target, axes), _argmax(x, axes)
+        else:
+            if not all(axis.free for axis in axes):
+                target = _nearest_reachable(target, x, axes)
+            bound = lowest(target, axes)
+            place = _select(target, bound, x, axes)
+        raised = x.flatten(2).scatter(2, place, math.inf).view(x.shape)
+        return torch.minimum(raised, bound)
+
+
+def _unpool_small_tiles(
+    target: Tensor, output: Tensor, x: Tensor, axes: tuple[Axis, ...]
+) -> Tensor:
+    """Return the nearest image for disjoint windows: their first maximum takes the target."""
+    exact = all(axis.complete for axis in axes)
+    image = x.new_empty(x.shape, dtype=target.dtype) if exact else x.to(target.dtype, copy=True)
+    waiting = torch.ones_like(target)  # 1 where the maximum is still to come
+    entries, places = (taps(frame(each, axes, 0), axes) for each in (x, image))
+    for entry, place in zip(entries, places, strict=True):
+        value = entry.to(target.dtype).contiguous()
+        with torch.no_grad():
+            # Numbers, not booleans: torch.where takes longer on a CPU than all the rest.
+            first = value.clone().eq_(output).mul_(waiting)
+            waiting -= first
+        place.copy_(torch.minimum(value, target) * (1 - first) + target * first)
+    return image
+
+
+@torch.no_grad()
+def _argmax(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """Return where every window has its first maximum, as an index (N, C, windows)."""
+    framed = x if all(axis.inside for axis in axes) else frame(x, axes, -math.inf)
+    pool = _MAX_POOL[len(axes) - 1]
+    kernel, stride, dilation = (
+        tuple(getattr(axis, name) for axis in axes) for name in ("kernel", "stride", "dilation")
+    )
+    _, place = pool(framed, kernel, stride, 0, dilation, return_indices=True)
+    if framed is not x:
+        place = frame(_indices(x), axes, 0).flatten()[place]
+    return place.flatten(2)
+
+
+@torch.no_grad()
+def _select(top: Tensor, bound: Tensor, x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """Return which entry brings every window to its target: among those whose bound is the
+    target, the one with the largest forward value.
+
+    Args:
+        top: The largest bound in every window, (N, C, *count).
+        bound: What no entry may exceed, (N, C, *size).
+        x: The forward image.
+        axes: The windows.
+
+    Returns:
+        Indices (N, C, windows).
+    """
+    most = torch.full_like(top, -math.inf, dtype=x.dtype)
+    chosen = torch.zeros_like(top, dtype=torch.int64)
+    bounds, values, places = (
+        taps(frame(image, axes, fill), axes)
+        for image, fill in ((bound, -math.inf), (x, -math.inf), (_indices(x), 0))
+    )
+    for limit, value, place in zip(bounds, values, places, strict=True):
+        better = (limit == top) & (value > most)
+        most = torch.where(better, value, most)
+        chosen = torch.where(better, place, chosen)
+    return chosen.flatten(2)
+
+
+def _nearest_reachable(target: Tensor, x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """Return the pooled values that stand in for a target that no image may have.
+
+    Windows demand their target of the entry with the highest bound. Where that bound is short of
+    it, the entry rises to `u + sum_J (t_j - u) / (|J| + sum_k w_k^2)`: J are the windows that
+    demand more of it than its bound u, m is the mean of their targets, and k runs over the other
+    windows that read it, with `w_k = max(m - t_k, 0) / (m - u)`. That is the minimum of a quadratic
+    function above the sum of squared errors that the entry causes, which touches it at u; so the
+    errors together are at most those of `u` alone, and fewer if anything is short.
+    """
+    bound = lowest(target, axes)
+    place = _select(highest(bound, axes), bound, x, axes)
+    shape, bound, wanted = bound.shape, bound.flatten(2), target.flatten(2)
+    lacking = wanted - bound.gather(2, place)
+    short = (lacking > 0).to(target.dtype)
+    none = torch.zeros_like(bound)
+    demands = none.scatter_add(2, place, short)
+    total = none.scatter_add(2, place, lacking)
+    rise = total / demands.clamp(min=1)
+    scale = torch.where(rise > 0, rise, 1)
+    level = bound + rise
+
+    def weight(level: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+        return ((level - target) / scale).clamp(0, 1).square()
+
+    levels = frame(level.view(shape), axes, -math.inf)
+    scales = frame(scale.view(shape), axes, 1)
+    others = torch.zeros_like(levels)
+    for sums, at, by in zip(*(taps(f, axes) for f in (others, levels, scales)), strict=True):
+        sums += weight(at, by, target)
+    own = short * weight(level.gather(2, place), scale.gather(2, place), wanted)
+    slope = demands + fold(others, axes).flatten(2) - none.scatter_add(2, place, own)
+    return highest((bound + total / slope.clamp(min=1)).view(shape), axes)
+
+
+def _indices(x: Tensor) -> Tensor:
+    """Return the index of every entry in its flattened image, (1, 1, *size)."""
+    return torch.arange(x[0, 0].numel(), device=x.device).view(1, 1, *x.shape[2:])
 
 
 @register_rule(vocabulary.max_pool, principle="paper")
+@register_rule(vocabulary.adaptive_max_pool, principle="paper")
 @dataclass(frozen=True)
 class MaxPoolCopyRule(Rule):
-    """Copy every value to its whole window."""
+    """Copy every value to its whole window; where windows overlap, the least of their values.
+
+    With more, an entry would exceed the target of a window that reads it. So every target that
+    some image has is met, and of the others the largest pooled values below them.
+    """
 
     equation = "Sec. 3.4 (b)"
 
     def supports(self, op: Op) -> str | None:
-        return tiling(op)
+        return _refusal(op)
 
     def build(self, op: Op) -> Inversion:
-        return CopyToWindow(op.sizes("kernel_size", spatial_dims(op)))
+        return CopyToWindow(_geometry(op))
 
 
 @register_rule(vocabulary.max_pool, principle="minimal")
+@register_rule(vocabulary.adaptive_max_pool, principle="minimal")
 @dataclass(frozen=True)
 class MaxPoolMinimalRule(Rule):
     """The nearest image whose windows have the target as their maximum.
 
-    `min(x^, t)`, and `t` at the forward argmax: raising any other entry, or leaving one above t,
-    would deviate more or miss the target.
+    No entry may exceed `u`, the least target of the windows that read it, and a window has its
+    target t where an entry is at `u = t`. So the image is `min(x^, u)`, but for one entry of every
+    window, which is at u: of those with `u = t`, the one with the largest forward value. That is
+    the nearest image, unless windows that overlap have the same target and more than one has to
+    raise an entry. An entry that serves several of them is raised once, but whether another would
+    have served more of them is not asked: finding the cheapest set of entries is a set cover
+    problem. The squared deviation is then at most that of the nearest image times the number of
+    windows that read an entry.
+
+    Where overlapping windows disagree, no image has the target: all of a window's entries are held
+    down by others. Such windows share an entry's error with those that hold it down, in a step of
+    least squares from u (`_nearest_reachable`); what comes of it is the target in place of the
+    given one. Targets that some image has stay as they are.
     """
 
     equation = "Eq. 4 for max pooling"
 
     def supports(self, op: Op) -> str | None:
-        return tiling(op)
+        return _refusal(op)
 
     def build(self, op: Op) -> Inversion:
-        return MinimalMaxUnpool(op.sizes("kernel_size", spatial_dims(op)))
+        return MinimalMaxUnpool(_geometry(op))
+
+
+_SIZES = ("kernel_size", "stride", "padding", "dilation")
+
+
+def _refusal(op: Op) -> str | None:
+    """Return why an op cannot be inverted, or None."""
+    reason = one_input(op, *(_SIZES if op.type is vocabulary.max_pool else ()))
+    if reason:
+        return reason
+    if op.arguments.get("return_indices") or op.arguments.get("indices"):
+        return "it returns the indices beside the values"
+    if unbatched(op, spatial_dims(op)):
+        return f"its input has no batch dimension: {op.show_shapes()}"
+    return None
+
+
+def _geometry(op: Op) -> Callable[[Shape, Shape], tuple[Axis, ...]]:
+    """Return what makes an op's windows from the spatial sizes of its input and its output."""
+    if op.type is vocabulary.adaptive_max_pool:
+        return adaptive_axes
+    dims = spatial_dims(op)
+    given = op.arguments["stride"] not in (None, (), [])
+    names = ("kernel_size", "stride" if given else "kernel_size", "padding", "dilation")
+    kernel, stride, padding, dilation = (op.sizes(name, dims) for name in names)
+    return functools.partial(regular_axes, kernel, stride, padding, dilation)

@@ -127,7 +127,6 @@ REASONS = {
     "dilated": "dilation (2, 2): only dilation 1 is covered",
     "grouped": "groups 2: only ungrouped convolutions are covered",
     "mirror": "padding (1, 1): only convolutions without padding are covered",
-    "overlap": "kernel (3, 3) with stride (2, 2): only stride = kernel is covered",
     "norm": "no rule is registered for it",
     "transposed": "no rule is registered for it",
     "embed": "no rule is registered for it",

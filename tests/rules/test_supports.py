@@ -53,20 +53,41 @@ COMPILED = {
         {"w": torch.ones(3)},
     ),
     # Max pooling
-    "max_pool stride": (
-        nn.MaxPool2d(3, 2),
-        "kernel (3, 3) with stride (2, 2): only stride = kernel",
-    ),
-    "max_pool padding": (nn.MaxPool2d(2, padding=1), "padding 1: only pooling without padding"),
-    "max_pool dilation": (nn.MaxPool2d(2, dilation=2), "dilation 2: only dilation 1 is covered"),
-    "max_pool1d stride": (nn.MaxPool1d(2, stride=1), "kernel (2,) with stride (1,)"),
     "max_pool indices": (
         nn.MaxPool2d(2, return_indices=True),
         "it returns the indices beside the values",
     ),
-    "torch.max_pool2d": (
-        lambda x: torch.max_pool2d(x, (2, 3), 2),
-        "kernel (2, 3) with stride (2, 2)",
+    "F.max_pool2d indices": (
+        lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
+        "it returns the indices beside the values",
+    ),
+    "F.max_pool2d_with_indices": (
+        lambda x: F.max_pool2d_with_indices(x, 2)[0],
+        "it returns the indices beside the values",
+    ),
+    "aten indices": (
+        lambda x: torch.ops.aten.max_pool3d_with_indices.default(x, 2)[0],
+        "it returns the indices beside the values",
+    ),
+    "adaptive_max_pool indices": (
+        nn.AdaptiveMaxPool2d(2, return_indices=True),
+        "it returns the indices beside the values",
+    ),
+    "F.adaptive_max_pool2d indices": (
+        lambda x: F.adaptive_max_pool2d(x, 2, return_indices=True)[0],
+        "it returns the indices beside the values",
+    ),
+    "torch.adaptive_max_pool1d": (
+        lambda x: torch.adaptive_max_pool1d(x, 2)[0],
+        "it returns the indices beside the values",
+    ),
+    "computed max_pool window": (
+        lambda x: F.max_pool2d(x, x.shape[2:]),
+        "its kernel_size is computed in the graph, not read from the model",
+    ),
+    "max_pool of two activations": (
+        lambda x: F.max_pool2d(x, 2, padding=x),
+        "it is applied to x, x, not to one activation",
     ),
     # Averages
     "computed window": (
@@ -193,10 +214,10 @@ CALLED = {
         (3, 4, 4),
         "its input has no batch dimension",
     ),
-    "ceil_mode": (
-        nn.MaxPool2d(2, ceil_mode=True),
-        (1, 3, 5, 4),
-        "ceil_mode with windows of (2, 2) that reach beyond the image (5, 4)",
+    "adaptive_max_pool without a batch": (
+        nn.AdaptiveMaxPool1d(2),
+        (3, 4),
+        "its input has no batch dimension",
     ),
     "broadcast": (
         lambda x, w: x + w,
@@ -243,14 +264,14 @@ def test_no_function_of_single_entries():
 
 def test_every_reason_is_told_at_once():
     model = nn.Sequential(
-        nn.Conv2d(3, 2, 3, stride=2), nn.MaxPool2d(3, 2), nn.Flatten(), nn.Hardshrink()
+        nn.Conv2d(3, 2, 3, stride=2), nn.Softmax(0), nn.Flatten(), nn.Hardshrink()
     )
     with pytest.raises(frfx.UnsupportedOpsError) as caught:
         frfx.invert(model, "input")
     assert [op.path for op in caught.value.ops] == ["0", "1", "3"]
     assert [op.reason.split(":")[0] for op in caught.value.ops] == [
         "stride (2, 2)",
-        "kernel (3, 3) with stride (2, 2)",
+        f"it normalises over the batch, so {BATCH}",
         "no rule is registered for it",
     ]
     for op in caught.value.ops:
