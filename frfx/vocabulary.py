@@ -112,6 +112,73 @@ mean = define(
     [torch.mean, "mean", aten.mean.dim],
 )
 
+interpolate = define(
+    "interpolate",
+    "input, size=None, scale_factor=None, mode='nearest', align_corners=None, "
+    "recompute_scale_factor=None, antialias=False, **_",
+    [nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate],
+)
+for _name, _mode in {
+    **{f"upsample_nearest{d}d": "nearest" for d in (1, 2, 3)},
+    **{f"_upsample_nearest_exact{d}d": "nearest-exact" for d in (1, 2, 3)},
+}.items():
+    spell(
+        interpolate,
+        [getattr(aten, _name).vec],
+        f"input, size=None, scale_factor=None, mode={_mode!r}, align_corners=None, "
+        "recompute_scale_factor=None, antialias=False",
+    )
+for _name, _mode, _antialias in (
+    ("upsample_linear1d", "linear", False),
+    ("upsample_bilinear2d", "bilinear", False),
+    ("upsample_trilinear3d", "trilinear", False),
+    ("upsample_bicubic2d", "bicubic", False),
+    ("_upsample_bilinear2d_aa", "bilinear", True),
+    ("_upsample_bicubic2d_aa", "bicubic", True),
+):
+    spell(
+        interpolate,
+        [getattr(aten, _name).vec],
+        f"input, size=None, align_corners=False, scale_factor=None, mode={_mode!r}, "
+        f"recompute_scale_factor=None, antialias={_antialias}",
+    )
+
+pad = define(
+    "pad",
+    "input, pad, mode='constant', value=None",
+    [F.pad, aten.pad.default],
+)
+spell(
+    pad,
+    [torch.constant_pad_nd, aten.constant_pad_nd.default],
+    "input, pad, value=0, mode='constant'",
+)
+for _dims in (1, 2, 3):
+    for _kind, _mode in (
+        ("ZeroPad", "constant"),
+        ("ConstantPad", "constant"),
+        ("ReflectionPad", "reflect"),
+        ("ReplicationPad", "replicate"),
+        ("CircularPad", "circular"),
+    ):
+        spell(pad, [getattr(nn, f"{_kind}{_dims}d")], f"input, padding, mode={_mode!r}, value=None")
+
+pixel_shuffle = define(
+    "pixel_shuffle",
+    "input, upscale_factor",
+    [nn.PixelShuffle, F.pixel_shuffle, aten.pixel_shuffle.default],
+)
+pixel_unshuffle = define(
+    "pixel_unshuffle",
+    "input, downscale_factor",
+    [nn.PixelUnshuffle, F.pixel_unshuffle, aten.pixel_unshuffle.default],
+)
+channel_shuffle = define(
+    "channel_shuffle",
+    "input, groups",
+    [nn.ChannelShuffle, F.channel_shuffle, torch.channel_shuffle, aten.channel_shuffle.default],
+)
+
 reshape = define(
     "reshape",
     "input, *shape, **_",

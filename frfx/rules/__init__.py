@@ -10,6 +10,7 @@ from frfx.rules.activation import (
 from frfx.rules.affine import BatchNormRule, ScaleRule
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
 from frfx.rules.conv import ConvolutionRule
+from frfx.rules.interpolate import InterpolateRule
 from frfx.rules.label import (
     MaximumAssignmentRule,
     NearestEmbeddingRule,
@@ -21,18 +22,22 @@ from frfx.rules.label import (
 )
 from frfx.rules.linear import LinearRule
 from frfx.rules.max_pool import MaxPoolCopyRule, MaxPoolMinimalRule
+from frfx.rules.pad import PadRule
 from frfx.rules.pool import AdaptiveAvgPoolRule, AvgPoolRule, MeanRule
 from frfx.rules.shape import IdentityRule, PermuteRule, ReshapeRule, TransposeRule
+from frfx.rules.shuffle import ChannelShuffleRule, PixelShuffleRule, PixelUnshuffleRule
 
 __all__ = [
     "AdaptiveAvgPoolRule",
     "AffineInversion",
     "AvgPoolRule",
     "BatchNormRule",
+    "ChannelShuffleRule",
     "ConvolutionRule",
     "ElementwiseRule",
     "FactoredInversion",
     "IdentityRule",
+    "InterpolateRule",
     "Inversion",
     "LinearRule",
     "MaxPoolCopyRule",
@@ -42,7 +47,10 @@ __all__ = [
     "NearestEmbeddingRule",
     "OneHotRule",
     "PReluRule",
+    "PadRule",
     "PermuteRule",
+    "PixelShuffleRule",
+    "PixelUnshuffleRule",
     "ReluIdentityRule",
     "ReshapeRule",
     "Rule",

@@ -14,7 +14,7 @@ from frfx.linalg.pseudo_inverse import Spectrum, solve_dtype
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
 from frfx.rules.base import Inversion, Rule, one_input, spans_batch
-from frfx.rules.separable import SeparableInversion, equal_singular_values, impulses, response
+from frfx.rules.separable import Dimension, SeparableInversion, equal_singular_values
 from frfx.rules.windows import spatial_dims
 
 
@@ -92,17 +92,22 @@ class AverageInversion(SeparableInversion):
     def _argument(self, name: str) -> tuple[int, ...]:
         return self.op.sizes(name, spatial_dims(self.op))
 
-    def _averages(self, dim: int, size: int, onto: int, like: Tensor) -> Tensor:
+    def _averages(self, dim: Dimension) -> Tensor:
         """Return what pooling does along one dimension: the divisors are products, too."""
-        del onto
-        images = impulses(size, 1, 0, like.double())
-        geometry = (self.kernel[dim], self.stride[dim], self.padding[dim])
-        modes = (self.op.arguments[name] for name in ("ceil_mode", "count_include_pad"))
-        matrix = response(F.avg_pool1d(images, *geometry, *modes))
+        alone, arguments = dim.alone(), self.op.arguments
+        images = F.avg_pool1d(
+            alone.impulses(),
+            self.kernel[dim.index],
+            self.stride[dim.index],
+            self.padding[dim.index],
+            arguments["ceil_mode"],
+            arguments["count_include_pad"],
+        )
+        matrix = alone.response(images)
         if self.divisor is None:
             return matrix
         windows = (matrix != 0).double()
-        return windows / self.divisor if dim == 0 else windows
+        return windows / self.divisor if dim.index == 0 else windows
 
 
 @register_rule(vocabulary.avg_pool)
@@ -147,10 +152,10 @@ class AdaptiveInversion(SeparableInversion):
         return _spread(kernel, math.prod(kernel), key, self.options)
 
 
-def adaptive_averages(dim: int, size: int, onto: int, like: Tensor) -> Tensor:
+def adaptive_averages(dim: Dimension) -> Tensor:
     """Return the matrix of adaptive average pooling along one dimension."""
-    del dim
-    return response(F.adaptive_avg_pool1d(impulses(size, 1, 0, like.double()), onto))
+    alone = dim.alone()
+    return alone.response(F.adaptive_avg_pool1d(alone.impulses(), dim.onto))
 
 
 @register_rule(vocabulary.adaptive_avg_pool)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,9 +13,53 @@ from frfx.linalg import Dense, Separable
 from frfx.ops import Op, Shape
 from frfx.rules.base import AffineInversion
 
-DimensionMatrix = Callable[[int, int, int, Tensor], Tensor]
-"""Makes the matrix (m, n) of a spatial dimension from its index among those, n, m, and a tensor of
-the dtype and device of what the op is applied to."""
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One of the dimensions that an op acts on.
+
+    Attributes:
+        index: Which of them, from 0.
+        count: How many there are.
+        size: Its size in the input.
+        onto: Its size in the output.
+        like: An empty tensor of the input's dtype and device.
+    """
+
+    index: int
+    count: int
+    size: int
+    onto: int
+    like: Tensor
+
+    def impulses(self, dtype: torch.dtype = torch.float64, others: int = 1) -> Tensor:
+        """Return the unit vectors along this dimension as a batch of images.
+
+        Args:
+            dtype: The images' dtype.
+            others: Their size in the other dimensions, along which they are constant.
+
+        Returns:
+            Shape (size, 1, others, ..., size, ..., others).
+        """
+        eye = torch.eye(self.size, dtype=dtype, device=self.like.device)
+        images = eye.reshape(self.size, 1, *self.place(self.size, 1))
+        return images.expand(-1, -1, *self.place(self.size, others)).contiguous()
+
+    def response(self, images: Tensor) -> Tensor:
+        """Return the matrix (m, n) of a linear op, in double, from what it makes of impulses."""
+        return images[(slice(None), 0, *self.place(slice(None), 0))].mT.double()
+
+    def alone(self) -> Dimension:
+        """Return this dimension as the only one."""
+        return replace(self, index=0, count=1)
+
+    def place(self, value: S, others: T) -> list[S | T]:
+        """Return a list with a value in this dimension's place, and another in all others."""
+        return [value if i == self.index else others for i in range(self.count)]
 
 
 class SeparableInversion(AffineInversion):
@@ -22,11 +68,13 @@ class SeparableInversion(AffineInversion):
     Args:
         op: The op that is inverted.
         dims: How many dimensions it acts on; None for all but batch and channels.
-        matrix: Makes the matrix of one of them.
+        matrix: Makes the matrix (m, n) of one of them.
         solver: Factors them.
     """
 
-    def __init__(self, op: Op, dims: int | None, matrix: DimensionMatrix, solver: Dense) -> None:
+    def __init__(
+        self, op: Op, dims: int | None, matrix: Callable[[Dimension], Tensor], solver: Dense
+    ) -> None:
         super().__init__(op, self._separable, solver)
         self.dims, self.matrix, self.options = dims, matrix, solver
         self.solver = "separable"
@@ -38,33 +86,12 @@ class SeparableInversion(AffineInversion):
 
     def _separable(self, op: Op, key: Shape) -> Separable:
         del op
-        dims = len(key) // 2
-        sizes = enumerate(zip(key[:dims], key[dims:], strict=True))
-        matrices = (self.matrix(dim, size, onto, self.like) for dim, (size, onto) in sizes)
-        return Separable(tuple(matrices), self.like.dtype)
-
-
-def impulses(size: int, dims: int, dim: int, like: Tensor) -> Tensor:
-    """Return all unit vectors of one spatial dimension as a batch of images.
-
-    What a linear op makes of them, read by `response`, is its matrix.
-
-    Args:
-        size: The size of the dimension; the others have the size 1.
-        dims: How many spatial dimensions the images have.
-        dim: Which of them the vectors lie along.
-        like: Its dtype and device are taken.
-
-    Returns:
-        Shape (size, 1, 1, ..., size, ..., 1).
-    """
-    eye = torch.eye(size, dtype=like.dtype, device=like.device)
-    return eye.reshape(size, 1, *[1] * dim, size, *[1] * (dims - 1 - dim))
-
-
-def response(images: Tensor) -> Tensor:
-    """Return the matrix (m, n) of a linear op from its n responses to impulses, in double."""
-    return images.flatten(1).mT.double()
+        count = len(key) // 2
+        dimensions = (
+            Dimension(index, count, *sizes, self.like)
+            for index, sizes in enumerate(zip(key[:count], key[count:], strict=True))
+        )
+        return Separable(tuple(map(self.matrix, dimensions)), self.like.dtype)
 
 
 def equal_singular_values(rcond: float | None, damping: float) -> float:

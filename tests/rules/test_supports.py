@@ -94,6 +94,12 @@ COMPILED = {
         lambda x: F.avg_pool2d(x, x.shape[2:]),
         "its kernel_size is computed in the graph, not read from the model",
     ),
+    "computed scale": (
+        lambda x: F.interpolate(x, scale_factor=float(2) * x.size(2)),
+        "its scale_factor is computed in the graph, not read from the model",
+    ),
+    "computed margins": (lambda x: F.pad(x, (0, x.size(2))), "its pad is computed in the graph"),
+    "computed groups": (lambda x: F.channel_shuffle(x, x.size(1)), "its groups is computed in"),
     "computed stride": (lambda x: F.avg_pool1d(x, 2, x.size(1)), "its stride is computed in"),
     "mean of all": (lambda x: x.mean(), f"it averages over the batch, so {BATCH}"),
     "mean of the batch": (lambda x: x.mean((0, 1)), f"it averages over the batch, so {BATCH}"),
@@ -218,6 +224,16 @@ CALLED = {
         nn.AdaptiveMaxPool1d(2),
         (3, 4),
         "its input has no batch dimension",
+    ),
+    "antialias onto a column": (
+        lambda x: F.interpolate(x, (2, 1), mode="bilinear", antialias=True),
+        (1, 3, 4, 4),
+        "antialias onto a single column, where torch does not filter the rows right",
+    ),
+    "padded batch": (
+        lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)),
+        (2, 3, 4),
+        "it pads the batch, so its samples are not those of the input",
     ),
     "broadcast": (
         lambda x, w: x + w,
