@@ -192,7 +192,7 @@ def joint(
     constraint: str = "inequality",
     steps: int = 12,
     tolerance: float = 1e-2,
-    classes: int = 16,
+    classes: int = 8,
     unreached: str = "warn",
     start: str | int | None = None,
     regions: str | Sequence[str] = (),

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 _RIDGE = 1e-11
-"""Softness of the constraints, relative to their scaled Gram matrix: inconsistent ones are met in
-the least-squares sense, dependent ones share their multiplier."""
+"""Softness of the constraints, relative to their scaled Gram matrix, so that there is a solution for
+inconsistent ones, and a single one for dependent ones."""
 
 _REFINEMENTS = 1
+"""Each squares the error that the softness leaves."""
 
 _PATIENCE = 3
 """How many exchanges of whole blocks may fail to shrink the infeasibilities before single ones."""
@@ -18,8 +19,9 @@ _PATIENCE = 3
 def nearest_point_multipliers(gram: Tensor, bound: Tensor, active: Tensor) -> Tensor:
     """Return the multipliers of `min |d|^2 / 2` subject to `J d >= bound`, for every sample.
 
-    The minimiser is `d = J^T multipliers`. Constraints that contradict each other are met in the
-    least-squares sense, with the least `|d|`; rows of zeros, which nothing can meet, are left out.
+    The minimiser is `d = J^T multipliers`. Constraints that contradict each other are met as nearly
+    as can be, by the sum of the squared distances to their half-spaces; rows of zeros, which
+    nothing can meet, are left out.
 
     Args:
         gram: `J J^T`, shape (N, K, K), float64.

@@ -87,15 +87,18 @@ class MarginPoint:
         self._in_way[:, 0] = True
         self._in_way &= finite[:, None]
 
-    def correct(self, offset: Tensor, weight: Tensor, cut: Tensor, use_cut: Tensor) -> Tensor:
+    def correct(
+        self, offset: Tensor, weight: Tensor, cut: Tensor, behind: Tensor, use_cut: Tensor
+    ) -> Tensor:
         """Return the least correction d with which `weight * offset + d` meets the linearisation.
 
         Args:
             offset: From here to the forward feature, shape (L, n).
             weight: How much of it is gone back, shape (L,).
-            cut: A step before this one, as from the forward feature, shape (L, n): the result may
-                not fall back behind it.
-            use_cut: Where, shape (L,), bool.
+            cut: The correction before this one, shape (L, n).
+            behind: The step may not fall back behind that one: its product with the cut is this at
+                least, shape (L,).
+            use_cut: Where that is asked for, shape (L,), bool.
         """
         with torch.enable_grad():
             gap = self._gap(self._logits, self._rows, self._rivals[:, 0])
@@ -110,8 +113,10 @@ class MarginPoint:
             self._fill(matrix, group, in_way)
             matrix[:, width] = cut[group]
             back = (weight[group, None] * offset[group]).double()
-            behind = (cut[group] * (cut[group] + offset[group])).double().sum(1, keepdim=True)
-            bound = torch.cat([-self._surplus[group, :width].double(), behind], 1)
+            surplus = self._surplus[group, :width]
+            # Where the slack is in use it stays so: to win it back may cost far more than it is.
+            surplus = torch.where(self.reached[group, None], surplus.clamp(min=0), surplus)
+            bound = torch.cat([-surplus, behind[group, None]], 1).double()
             bound = bound - (matrix @ back[..., None])[..., 0]
             active = torch.cat([in_way, use_cut[group, None]], 1)
             multipliers = nearest_point_multipliers(matrix @ matrix.mT, bound, active)
@@ -135,8 +140,9 @@ class MarginPoint:
     def _fill(self, matrix: Tensor, group: Tensor, in_way: Tensor) -> None:
         """Write the rows of all rivals but the first: one sample and class an entry of a batch."""
         entry, place = in_way[:, 1:].nonzero(as_tuple=True)
-        width = max(1, len(self._rows))
-        for part, rank in zip(entry.split(width), (place + 1).split(width), strict=True):
+        width = len(self._rows)
+        for start in range(0, len(entry), width):
+            part, rank = entry[start : start + width], place[start : start + width] + 1
             sample = group[part]
             rows = self._rows[sample]
             with torch.enable_grad():

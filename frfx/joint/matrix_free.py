@@ -55,18 +55,20 @@ class OutputPoint:
         self.violation = residual.norm(dim=1).nan_to_num(nan=torch.inf)
         self.reached = self.violation <= slack
 
-    def correct(self, offset: Tensor, weight: Tensor, cut: Tensor, use_cut: Tensor) -> Tensor:
+    def correct(
+        self, offset: Tensor, weight: Tensor, cut: Tensor, behind: Tensor, use_cut: Tensor
+    ) -> Tensor:
         """Return the least correction d with which `weight * offset + d` meets the linearisation.
 
         Args:
             offset: From here to the forward feature, shape (L, n).
             weight: How much of it is gone back, shape (L,).
-            cut: Not used: the target is a point.
-            use_cut: Not used.
+            cut, behind, use_cut: Not used: the target is a point.
         """
-        del cut, use_cut
+        del cut, behind, use_cut
+        # What is missing of a target that counts as reached may cost far more than it is.
         finite = self.violation.isfinite()[:, None]
-        residual = torch.where(finite, self._residual, 0)
+        residual = torch.where(finite & ~self.reached[:, None], self._residual, 0)
         residual = residual - self._jacobian.mv(weight[:, None] * offset)
         return least_squares(
             self._jacobian.mv, self._jacobian.rmv, torch.where(finite, residual, 0)

@@ -13,8 +13,12 @@ _PATIENCE = 2
 """How often a sample that misses its target starts from the forward feature before it is restored:
 moved from where it is, by the least step to the target."""
 
-_REACH = 10.0
-"""The longest step, in norms of the forward feature: a linearisation says nothing so far away."""
+_REACH = 1.0
+"""The longest step but for the first, in norms of the forward feature: a linearisation says little
+of what lies so far away."""
+
+_SHORTER = 0.25
+"""How much shorter a reached sample goes back towards `a^` once a whole step has gained nothing."""
 
 
 class Point(Protocol):
@@ -23,7 +27,9 @@ class Point(Protocol):
     violation: Tensor
     reached: Tensor
 
-    def correct(self, offset: Tensor, weight: Tensor, cut: Tensor, use_cut: Tensor) -> Tensor:
+    def correct(
+        self, offset: Tensor, weight: Tensor, cut: Tensor, behind: Tensor, use_cut: Tensor
+    ) -> Tensor:
         """Return the least d with which `weight * offset + d` meets the linearised constraint."""
 
 
@@ -40,12 +46,13 @@ def nearest_feature(
     """Return the features nearest to the forward ones that meet a constraint.
 
     Each step solves `min ||a - a^||` under the constraint linearised where the sample is. Where
-    that misses the target, the linearisation before is kept as one more constraint (max pooling
-    changes its winner under a step, and would change it back under the next); where it misses it
-    again, the sample takes the least step to the target from where it is, halved until that
-    improves. A sample that has reached its target goes on from there to come nearer to `a^`, and
-    leaves the batch once a step promises or brings less than the tolerance: the result is the
-    nearest feature met on the way, or the one that misses least.
+    that misses the target, the next one may not fall back behind it: the linearisation before stays
+    as one more constraint, for max pooling changes its winner under a step and would change it back
+    under the next. Where it misses again and again, the sample is restored: it takes the least step
+    to the target from where it is, halved where two in a row have made it worse. A sample that has
+    reached its target goes on from there to come nearer to `a^`, and leaves the batch once a step
+    promises or brings less than the tolerance. The result is the nearest feature met on the way,
+    or the one that misses least.
 
     Args:
         constraint: What is to be met.
@@ -73,20 +80,26 @@ def nearest_feature(
         gain = best.update(rows, at, distance, violation, reached, count)
         if count == steps:
             break
-        stalls = ~reached & (violation >= live.before) & (live.restored | violation.isinf())
+        worse = ~reached & (violation >= live.before) & live.restored
+        stalls = worse & live.worse | violation.isinf()
+        live.worse = worse
+        smooth = (live.misses == 0) & (gain >= 0)
         live.misses = torch.where(reached, 0, live.misses + (~stalls).long())
-        live.weight = torch.where(reached & (gain < 0), live.weight / 2, live.weight)
+        idle = reached & (gain < tolerance)
+        done = idle & (smooth | (live.weight < 1)) | reached & (distance == 0)
+        live.weight = torch.where(idle, _SHORTER * live.weight, live.weight)
         restored = ~reached & (live.misses > _PATIENCE)
         weight = torch.where(reached, live.weight, (~restored).to(at.dtype))
-        use_cut = live.has_cut & ~reached & ~restored
-        found = point.correct(offset, weight, live.cut, use_cut)
+        use_cut = live.has_cut & ~reached
+        behind = (live.cut * (live.cut + live.pivot - at)).sum(1)
+        found = point.correct(offset, weight, live.cut, behind, use_cut)
         whole = weight == 1
-        promise = torch.where(whole, found.norm(dim=1), 0)
-        done = reached & ((distance <= (1 + tolerance) * promise) | (gain.abs() < tolerance))
-        done |= reached & (distance == 0)
+        done |= reached & whole & (distance <= (1 + tolerance) * found.norm(dim=1))
         step = weight[:, None] * offset + found
         length = step.norm(dim=1, keepdim=True)
-        step = step * (reach[rows, None] / length).clamp(max=1).nan_to_num(nan=1)
+        done |= ~reached & (length[:, 0] == 0)  # nothing that it could do moves it
+        if count > 0:
+            step = step * (reach[rows, None] / length).clamp(max=1).nan_to_num(nan=1)
         again = stalls[:, None]
         live.length = torch.where(stalls, live.length * torch.where(violation.isinf(), 0.1, 0.5), 1)
         live.base = torch.where(again, live.base, at)
@@ -94,7 +107,8 @@ def nearest_feature(
         live.before = torch.where(stalls, live.before, violation)
         live.restored = torch.where(stalls, live.restored, restored)
         live.cut = torch.where(again, live.cut, found)
-        live.has_cut = torch.where(stalls, live.has_cut, whole)
+        live.pivot = torch.where(again, live.pivot, at + weight[:, None] * offset)
+        live.has_cut = torch.where(stalls, live.has_cut, whole | restored)
         live.at = live.base + live.length[:, None] * live.step
         live.keep(~done)
     report = Report(best.reached, best.steps, best.distance, best.violation)
@@ -151,8 +165,10 @@ class _Live:
         self.before = start.new_full((count,), torch.inf)
         self.weight = start.new_ones(count)
         self.misses = torch.zeros(count, dtype=torch.long, device=device)
+        self.worse = torch.zeros(count, dtype=torch.bool, device=device)
         self.restored = torch.zeros(count, dtype=torch.bool, device=device)
         self.cut = torch.zeros_like(start)
+        self.pivot = start
         self.has_cut = torch.zeros(count, dtype=torch.bool, device=device)
 
     def keep(self, chosen: Tensor) -> None:

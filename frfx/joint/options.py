@@ -17,7 +17,7 @@ class JointOptions:
     steps: int = 12
     margin: float = 0.01
     constraint: str = "inequality"
-    classes: int = 16
+    classes: int = 8
     tolerance: float = 1e-2
     unreached: str = "warn"
     start: str | int | None = None
