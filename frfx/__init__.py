@@ -6,6 +6,8 @@ from frfx.compiler.inverse import Inverse
 from frfx.errors import (
     BackendError,
     ConditionWarning,
+    ConvergenceError,
+    ConvergenceWarning,
     DataError,
     FrfxError,
     InputError,
@@ -31,6 +33,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "ConvergenceError",
+    "ConvergenceWarning",
     "ConditionWarning",
     "DataError",
     "EpochRecord",

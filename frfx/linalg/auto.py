@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
+
+from torch import Tensor
 
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.dense import Dense, written_out_bytes
-from frfx.linalg.iterative import MAX_STEPS, TOLERANCE, Iterative
+from frfx.linalg.iterative import (
+    MAX_STEPS,
+    TOLERANCE,
+    Convergence,
+    Iterative,
+    IterativeFactor,
+)
 from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed
-from frfx.linalg.pseudo_inverse import Factor
+from frfx.linalg.pseudo_inverse import Factor, Spectrum
 from frfx.linalg.separable import Separable
 from frfx.linalg.spectral import FACTOR_MEMORY, Polyphase, Spectral
 
@@ -29,7 +37,8 @@ _ILL_CONDITIONED_DAMPING = 1e-2
 leaves a larger residual than no deviation at all (docs/design.md)."""
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice(Factor):
     """A factor and how it came about.
 
     Attributes:
@@ -41,6 +50,27 @@ class Choice(NamedTuple):
     factor: Factor
     solver: str
     reason: str
+
+    @property
+    def spectrum(self) -> Spectrum:  # type: ignore[override]
+        """The operator's singular values in short."""
+        return self.factor.spectrum
+
+    def take_convergence(self) -> Convergence | None:
+        """Return how the last solve went, if it was iterative and nobody has asked yet."""
+        if not isinstance(self.factor, IterativeFactor):
+            return None
+        convergence, self.factor.convergence = self.factor.convergence, None
+        return convergence
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """Return the solution of `operator(d) = residual`."""
+        return self.factor.solve(residual)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the factor holds, in bytes."""
+        return self.factor.nbytes
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,7 @@ class Convolution:
     @cached_property
     def disjoint(self) -> bool:
         """Whether every entry of the operand is read by at most one window, and none is added."""
-        sizes = zip(self.extent, self.stride, self.out_size, strict=True)
-        apart = all(extent <= stride or out == 1 for extent, stride, out in sizes)
+        apart = all(e <= s for e, s in zip(self.extent, self.stride, strict=True))
         return apart and not any(map(any, self.padding))
 
     @property
