@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import re
 import pickle
+import re
 
 import pytest
 import torch

@@ -272,7 +272,7 @@ class Inverse(fx.GraphModule):
                     step.op.path,
                     step.op.type.name if step.op.type else "",
                     str(step.rule),
-                    getattr(factor, "solver", inversion.solver),
+                    str(getattr(factor, "solver", None) or inversion.solver),
                     getattr(factor, "reason", ""),
                     known,
                     None if spectrum is None else spectrum.condition,

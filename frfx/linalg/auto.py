@@ -98,7 +98,8 @@ class Solver:
     def prepare(self, operator: Operator, backend: Backend = torch_backend) -> Choice:
         """Factor an operator."""
         if self.name != "auto":
-            return Choice(self._named(self.name).prepare(operator, backend), self.name, "as asked")
+            factor = self._as_asked(operator, backend)
+            return Choice(factor, self.name, "as asked")
         if isinstance(operator, (Matrix, Diagonal, Separable)):
             return Choice(self._dense.prepare(operator), "dense", "a matrix")
         conv = operator.of if isinstance(operator, Transposed) else operator
@@ -107,9 +108,7 @@ class Solver:
             return Choice(self._dense.prepare(operator), "dense", reason)
         if Polyphase(conv).exact and not isinstance(operator, Transposed):
             reason = "circular padding" if Polyphase(conv).wraps else "no padding"
-            return Choice(
-                self._spectral.prepare(operator, backend), "spectral", f"exact: {reason}"
-            )
+            return Choice(self._spectral.prepare(operator, backend), "spectral", f"exact: {reason}")
         return self._approximated(operator, backend)
 
     def _approximated(self, operator: Convolution | Transposed, backend: Backend) -> Choice:
@@ -130,10 +129,16 @@ class Solver:
             return Choice(damped._dense.prepare(operator), "dense", f"{small}; {note}")
         return Choice(damped._spectral.prepare(operator, backend), "spectral", note)
 
-    def _named(self, name: str) -> Dense | Spectral | Iterative:
-        return {"dense": self._dense, "spectral": self._spectral, "iterative": self._iterative}[
-            name
-        ]
+    def _as_asked(self, operator: Operator, backend: Backend) -> Factor:
+        if self.name == "dense":
+            return self._dense.prepare(operator, backend)
+        if isinstance(operator, (Diagonal, Separable)) or (
+            self.name == "spectral" and isinstance(operator, Matrix)
+        ):
+            raise TypeError(f"no {self.name} solver for a {type(operator).__name__}")
+        if self.name == "spectral" and not isinstance(operator, Matrix):
+            return self._spectral.prepare(operator, backend)
+        return self._iterative.prepare(operator, backend)
 
     @property
     def _dense(self) -> Dense:

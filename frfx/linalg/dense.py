@@ -173,7 +173,7 @@ class Dense:
         operator: Matrix | Diagonal | Separable | Convolution | Transposed,
         backend: Backend = torch_backend,
     ) -> Factor:
-        """Factor an operator; its factors are single matrices, which every backend leaves to torch."""
+        """Factor an operator; single products of matrices stay with torch on every backend."""
         del backend
         if isinstance(operator, Separable):
             return separable.prepare(operator, self.rcond, self.damping)

@@ -62,25 +62,25 @@ class Convolution:
     Attributes:
         kernel: Shape (C_out, C_in / groups, *k), torch's layout: the sum of Eq. 11, not flipped.
         size: The spatial shape of the operand.
-        stride: Step between windows, by dimension; None for 1.
-        padding: Entries added before and after, by dimension; None for none.
-        dilation: Step between the taps of a window, by dimension; None for 1.
+        stride: Step between windows, by dimension; empty for 1.
+        padding: Entries added before and after, by dimension; empty for none.
+        dilation: Step between the taps of a window, by dimension; empty for 1.
         groups: How many parts of the channels are convolved apart.
         padding_mode: What is added: ``"zeros"``, ``"circular"``, ``"reflect"``, ``"replicate"``.
     """
 
     kernel: Tensor
     size: tuple[int, ...]
-    stride: tuple[int, ...] | None = None
-    padding: tuple[tuple[int, int], ...] | None = None
-    dilation: tuple[int, ...] | None = None
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
     groups: int = 1
     padding_mode: str = "zeros"
 
     def __post_init__(self) -> None:
         dims = len(self.size)
         for name, default in (("stride", 1), ("padding", (0, 0)), ("dilation", 1)):
-            if getattr(self, name) is None:
+            if not getattr(self, name):
                 object.__setattr__(self, name, (default,) * dims)
 
     @property
@@ -149,8 +149,7 @@ class Convolution:
         """Apply the transpose: (N, C_out, *out_size) -> (N, C_in, *size)."""
         symmetric = self._symmetric
         beyond = tuple(
-            (n - e) % s
-            for n, e, s in zip(self.padded_size, self.extent, self.stride, strict=True)
+            (n - e) % s for n, e, s in zip(self.padded_size, self.extent, self.stride, strict=True)
         )
         transposed = _CONV_TRANSPOSE[len(self.size) - 1]
         x = transposed(

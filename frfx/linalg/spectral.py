@@ -151,8 +151,9 @@ class Polyphase:
             order = [p for i in range(dims) for p in (3 + dims + i, 3 + i)]
             x = x.permute(0, 1, 2, *order)
             x = x.reshape(n, -1, *(b * s for b, s in zip(self.blocks, stride, strict=True)))
-            corner = tuple(slice(size) for size in self.operator.size)
-            return x[(..., *corner)]
+            for dim, size in enumerate(self.operator.size, start=2):
+                x = x.narrow(dim, 0, size)
+            return x
         return x.reshape(n, -1, *self.blocks)
 
 

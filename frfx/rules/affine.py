@@ -41,7 +41,10 @@ class BatchNormRule(Rule):
 
     def build(self, op: Op) -> Inversion:
         return AffineInversion(
-            op, _batch_norm, Dense(self.rcond, self.damping), key=lambda before, after: (len(before),)
+            op,
+            _batch_norm,
+            Dense(self.rcond, self.damping),
+            key=lambda before, after: (len(before),),
         )
 
 

@@ -307,6 +307,7 @@ def test_tied_weights_are_factored_for_each_op():
 
 # --- memory ---
 
+
 def conv_bytes(size: int) -> int:
     """Return what the factor of the second convolution holds for an image of this size."""
     operator = frfx.linalg.Convolution(torch.ones(3, 2, 3, 3), (size - 2, size - 2))

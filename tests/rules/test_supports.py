@@ -251,9 +251,7 @@ def test_no_function_of_single_entries():
 
 
 def test_every_reason_is_told_at_once():
-    model = nn.Sequential(
-        nn.LocalResponseNorm(2), nn.Softmax(0), nn.Flatten(), nn.Hardshrink()
-    )
+    model = nn.Sequential(nn.LocalResponseNorm(2), nn.Softmax(0), nn.Flatten(), nn.Hardshrink())
     with pytest.raises(frfx.UnsupportedOpsError) as caught:
         frfx.invert(model, "input")
     assert [op.path for op in caught.value.ops] == ["0", "1", "3"]
