@@ -2,7 +2,7 @@
 
 A map takes (N, G, c, *source) to (N, G, c', *result): it puts the source at the origin of a
 periodic grid, transforms it, multiplies by a (c', c) matrix at every frequency, transforms back,
-and keeps the corner of the grid that the result lies in. There are three forms of it, equal to rounding:
+and keeps the corner of the grid that the result lies in. It has three forms, equal to rounding:
 
 - `"matrix"`: the whole map as one real matrix. The fastest for small images.
 - `"dft"`: the transforms as products with real matrices, the batch as the last dimension, so that

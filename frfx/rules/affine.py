@@ -41,10 +41,7 @@ class BatchNormRule(Rule):
 
     def build(self, op: Op) -> Inversion:
         return AffineInversion(
-            op,
-            _batch_norm,
-            Dense(self.rcond, self.damping),
-            key=lambda before, after: (len(before),),
+            op, _batch_norm, Dense(self.rcond, self.damping), key=lambda shape: (len(shape),)
         )
 
 
