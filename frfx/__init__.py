@@ -6,6 +6,8 @@ from frfx.compiler.inverse import Inverse
 from frfx.errors import (
     BackendError,
     ConditionWarning,
+    ConvergenceError,
+    ConvergenceWarning,
     DataError,
     FrfxError,
     InputError,
@@ -32,6 +34,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "ConditionWarning",
+    "ConvergenceError",
+    "ConvergenceWarning",
     "DataError",
     "EpochRecord",
     "FrfxError",

@@ -63,6 +63,14 @@ class UnreachedWarning(UserWarning):
     """Joint inversion has not brought every sample to its target; the nearest miss is returned."""
 
 
+class ConvergenceError(FrfxError, ArithmeticError):
+    """An iterative solver has not reached its tolerance, and the policy asks for that."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative solver has not reached its tolerance; its best step is used."""
+
+
 class ConditionWarning(UserWarning):
     """An operator is rank-deficient to working precision; the answer is the truncated one."""
 

@@ -119,7 +119,7 @@ def _changed(
 
 
 _SIZES = ("label_margin", "clamp_margin", "rcond", "damping")
-"""Options that are numbers from zero on; `rcond` may be None."""
+"""Options that are numbers from zero on; `rcond` and `damping` may be None."""
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
@@ -131,7 +131,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
                 f"Options: {', '.join(sorted(known))}"
             )
         is_size = isinstance(value, (int, float)) and 0 <= value < math.inf
-        if name in _SIZES and not is_size and not (name == "rcond" and value is None):
+        if name in _SIZES and not is_size and not (name in ("rcond", "damping") and value is None):
             raise PolicyError(f"{name} is a finite number from 0 on, not {value!r}")
 
 
@@ -140,7 +140,7 @@ def paper(
     label_margin: float = 0.0,
     clamp_margin: float = 1e-3,
     rcond: float | None = None,
-    damping: float = 0.0,
+    damping: float | None = None,
 ) -> Policy:
     """Return the paper's choices: copy through max pooling, ReLU as the identity, ties at labels.
 
@@ -150,17 +150,13 @@ def paper(
             reach, relative to half the range. The paper names no value.
         rcond: Singular values up to this share of the largest count as zero; None for the
             machine epsilon times the larger dimension.
-        damping: Tikhonov's parameter relative to the squared largest singular value.
+        damping: Tikhonov's parameter relative to the squared largest singular value; None for 0,
+            and for what the solver of a padded convolution finds necessary.
     """
-    return Policy(
-        "paper",
-        {
-            "label_margin": label_margin,
-            "clamp_margin": clamp_margin,
-            "rcond": rcond,
-            "damping": damping,
-        },
-    )
+    options = {"label_margin": label_margin, "clamp_margin": clamp_margin, "rcond": rcond}
+    if damping is not None:
+        options["damping"] = damping
+    return Policy("paper", options)
 
 
 def minimal(
@@ -168,7 +164,7 @@ def minimal(
     margin: float = 0.5,
     clamp_margin: float = 1e-3,
     rcond: float | None = None,
-    damping: float = 0.0,
+    damping: float | None = None,
 ) -> Policy:
     """Return the minimal-deviation choices: the nearest preimage through every op.
 
@@ -178,7 +174,8 @@ def minimal(
             reach, relative to half the range.
         rcond: Singular values up to this share of the largest count as zero; None for the
             machine epsilon times the larger dimension.
-        damping: Tikhonov's parameter relative to the squared largest singular value.
+        damping: Tikhonov's parameter relative to the squared largest singular value; None for 0,
+            and for what the solver of a padded convolution finds necessary.
     """
     return replace(
         paper(label_margin=margin, clamp_margin=clamp_margin, rcond=rcond, damping=damping),

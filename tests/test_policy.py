@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -147,10 +148,26 @@ def test_values_that_make_no_sense(name, value):
         policy.minimal().override(op=nn.Linear, **{name: value})
 
 
-def test_only_rcond_may_be_none():
+def test_rcond_and_damping_may_be_none():
     assert policy.paper(rcond=None).options["rcond"] is None
-    with pytest.raises(frfx.PolicyError, match="damping is a finite number"):
-        policy.paper(damping=None)
+    assert rules(policy.paper(damping=None))["6"] == LinearRule()
+    with pytest.raises(frfx.PolicyError, match="label_margin is a finite number"):
+        policy.paper(label_margin=None)
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ({"solver": "fft"}, "solver='fft' is none of 'auto', 'dense', 'spectral', 'iterative'"),
+        ({"unconverged": "stop"}, "unconverged='stop' is none of 'warn', 'raise', 'ignore'"),
+        ({"tolerance": 0.0}, "tolerance=0.0 does not lie between 0 and 1"),
+        ({"tolerance": 1}, "tolerance=1 does not lie between 0 and 1"),
+        ({"max_steps": 0}, "max_steps=0 is less than one step"),
+    ],
+)
+def test_solver_options_that_make_no_sense(option, text):
+    with pytest.raises(frfx.PolicyError, match=re.escape(text)):
+        rules(policy.paper().override(op=nn.Linear, **option))
 
 
 # --- overrides ---
@@ -161,13 +178,13 @@ def test_override_by_op(op):
     found = rules(policy.paper(rcond=1e-4).override(op=op, damping=0.5))
     for node in ("8", "6"):
         assert (found[node].damping, found[node].rcond) == (0.5, 1e-4)
-    assert found["3"].damping == 0.0
+    assert found["3"].damping in (None, 0.0)
 
 
 def test_override_by_node():
     found = rules(policy.paper().override(node="6", damping=0.5))
     assert found["6"].damping == 0.5
-    assert found["8"].damping == 0.0
+    assert found["8"].damping is None
 
 
 def test_node_wins_over_op():
@@ -217,7 +234,7 @@ def test_nodes_are_named_as_layers_lists_them():
     chosen = policy.paper().override(node="body.0_1", damping=0.5)
     steps = frfx.invert(Twice(), "x", policy=chosen).plan.steps
     damping = {step.op.path: getattr(step.rule, "damping", None) for step in steps}
-    assert (damping["body.0_1"], damping["body.0"]) == (0.5, 0.0)
+    assert (damping["body.0_1"], damping["body.0"]) == (0.5, None)
 
 
 def test_unknown_node_gets_the_nearest():

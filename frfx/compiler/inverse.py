@@ -19,7 +19,7 @@ from frfx.compiler.view import unlink
 from frfx.errors import NonFiniteError
 from frfx.joint import JointInversion, Report
 from frfx.ops import show_shape
-from frfx.rules.base import FactoredInversion
+from frfx.rules.base import AffineInversion, FactoredInversion
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class SummaryRow:
         node: The forward node, as `frfx.layers` lists it.
         op: The name of its operation.
         rule: The rule that inverts it, with its options.
-        solver: What the rule solves with.
+        solver: What the rule solves with; ``"auto"`` before the first call.
+        reason: Why this solver, where there was a choice; empty before the first call.
         shapes: Input and output, without the batch; empty before the first call.
         condition: The condition number of the linear part at the last size used; None for rules
             that solve nothing, and before the first call.
@@ -82,6 +83,7 @@ class SummaryRow:
     op: str
     rule: str
     solver: str
+    reason: str
     shapes: str
     condition: float | None
 
@@ -99,9 +101,10 @@ class Summary(Sequence[SummaryRow]):
         return len(self._rows)
 
     def _cells(self) -> list[list[str]]:
-        heading = ["node", "op", "rule", "solver", "shapes", "condition"]
+        heading = ["node", "op", "rule", "solver", "shapes", "condition", "why"]
         rows = [
             [r.node, r.op, r.rule, r.solver, r.shapes or "at the first call", _show(r.condition)]
+            + [r.reason]
             for r in self
         ]
         return [heading, *rows]
@@ -141,6 +144,7 @@ class Inverse(fx.GraphModule):
     model: nn.Module
     inverse: nn.Module
     prepare: Preparation
+    finish: Finish
 
     def __init__(
         self, traced: Traced, plan: Plan, emitted: Emitted, recipe: functools.partial[Inverse]
@@ -155,7 +159,7 @@ class Inverse(fx.GraphModule):
             "model": traced.root,
             "inverse": inversions,
             "prepare": Preparation(traced, plan, factored),
-            "finish": Finish(),
+            "finish": Finish(i for i in factored.values() if isinstance(i, AffineInversion)),
         }
         root = nn.Module()
         for name, child in children.items():
@@ -196,8 +200,10 @@ class Inverse(fx.GraphModule):
 
         Raises:
             NonFiniteError: If a value holds NaN or infinity; names the first node.
+            ConvergenceError: If a solver has not converged and its rule is to raise.
         """
         values = _Recorder(self).run_to(x, target)
+        self.finish.check_convergence()
         nodes = []
         for stage in self._stages:
             wanted, had = values[stage.target], values[stage.output]
@@ -252,9 +258,10 @@ class Inverse(fx.GraphModule):
         for stage in self._stages:
             step = stage.step
             inversion = self.get_submodule(stage.module)
-            spectrum = None
+            factor = None
             if isinstance(inversion, FactoredInversion) and inversion.factors:
-                spectrum = getattr(list(inversion.factors.values())[-1], "spectrum", None)
+                factor = list(inversion.factors.values())[-1]
+            spectrum = getattr(factor, "spectrum", None)
             known = ""
             if shapes:
                 ins = ", ".join(show_shape(shapes[node]) for node in step.inputs)
@@ -265,7 +272,8 @@ class Inverse(fx.GraphModule):
                     step.op.path,
                     step.op.type.name if step.op.type else "",
                     str(step.rule),
-                    str(inversion.solver),
+                    str(getattr(factor, "solver", None) or inversion.solver),
+                    getattr(factor, "reason", ""),
                     known,
                     None if spectrum is None else spectrum.condition,
                 )

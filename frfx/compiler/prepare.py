@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from frfx.errors import (
 )
 from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Shape
-from frfx.rules.base import FactoredInversion
+from frfx.rules.base import AffineInversion, FactoredInversion
 from frfx.rules.label import check_labels
 
 FACTOR_MEMORY = 1 << 30
@@ -104,6 +104,8 @@ class Preparation(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """Return the target, checked and in the precision that the inverse computes in."""
+        if is_capturing():  # a CUDA graph, which holds no question to the host
+            return target.to(solve_dtype(x.dtype)) if target.is_floating_point() else target
         self.ready(x)
         size = self._size(x)
         return self._check_target(x, target, self.shapes[size])
@@ -339,18 +341,38 @@ class _Probe(fx.Interpreter):
 
 
 class Finish(nn.Module):
-    """The last node of a reconstruction graph: `a*` in the type of the forward feature."""
+    """The last node of a reconstruction graph: `a*` in the type of the forward feature.
+
+    Args:
+        inversions: Those whose solvers may not have converged.
+    """
+
+    def __init__(self, inversions: Iterable[AffineInversion] = ()) -> None:
+        super().__init__()
+        self.inversions = tuple(inversions)  # registered elsewhere in the graph
 
     def forward(self, feature: Tensor, forward_feature: Tensor) -> Tensor:
         """Return the reconstructed feature.
 
         Raises:
-            NonFiniteError: If it holds NaN or infinity (not asked when compiled).
+            NonFiniteError: If it holds NaN or infinity (not asked when compiled or captured).
+            ConvergenceError: If a solver has not converged and its rule is to raise (likewise).
         """
         feature = feature.to(forward_feature.dtype)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not is_capturing():
             _check_finite(feature, "the reconstructed feature")
+            self.check_convergence()
         return feature
+
+    def check_convergence(self) -> None:
+        """Warn or raise, as each rule asks, about what has not converged since the last check."""
+        for inversion in self.inversions:
+            inversion.check_convergence()
+
+
+def is_capturing() -> bool:
+    """Return whether a CUDA graph records what is computed: nothing may wait for the device."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -1,7 +1,8 @@
-"""Solve with matrices and diagonals as they are."""
+"""Solve with matrices: as they are, one a window, or written out."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from frfx.linalg import separable
-from frfx.linalg.operators import Diagonal, Matrix
+from frfx.linalg.backend import Backend, torch_backend
+from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed
 from frfx.linalg.pseudo_inverse import (
     Factor,
     Spectrum,
@@ -23,7 +25,12 @@ from frfx.linalg.separable import Separable
 
 @dataclass(frozen=True)
 class MatrixFactor(Factor):
-    """`inverse` is the pseudo-inverse, shape (n, m)."""
+    """The pseudo-inverse of a matrix.
+
+    Attributes:
+        inverse: Shape (n, m).
+        spectrum: The matrix's singular values in short.
+    """
 
     inverse: Tensor
     spectrum: Spectrum
@@ -39,8 +46,44 @@ class MatrixFactor(Factor):
 
 
 @dataclass(frozen=True)
+class GramFactor(Factor):
+    """The pseudo-inverse of a matrix much longer than wide, or the other way, in two parts.
+
+    `A+ = A^T (A A^T)^-1` or `(A^T A)^-1 A^T`: the inverse of the short side is small, and A itself
+    is the model's.
+
+    Attributes:
+        matrix: A, shape (m, n).
+        inverse: The inverse of the Gram matrix of the short side.
+        spectrum: The matrix's singular values in short.
+    """
+
+    matrix: Tensor
+    inverse: Tensor
+    spectrum: Spectrum
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """Map residuals (..., m) to deviations (..., n)."""
+        residual = residual.to(self.inverse.dtype)
+        matrix = self.matrix.to(self.inverse.dtype)
+        if matrix.shape[0] <= matrix.shape[1]:
+            return (residual @ self.inverse) @ matrix
+        return (residual @ matrix) @ self.inverse
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the factor holds, in bytes; the matrix is the model's."""
+        return nbytes(self.inverse)
+
+
+@dataclass(frozen=True)
 class DiagonalFactor(Factor):
-    """`inverse` broadcasts as the diagonal does; in double, so that it limits no precision."""
+    """The pseudo-inverse of a diagonal, in double, so that it limits no precision.
+
+    Attributes:
+        inverse: Broadcasts as the diagonal does.
+        spectrum: The diagonal's singular values in short.
+    """
 
     inverse: Tensor
     spectrum: Spectrum
@@ -57,6 +100,61 @@ class DiagonalFactor(Factor):
 
 
 @dataclass(frozen=True)
+class WindowFactor(Factor):
+    """The pseudo-inverse of a convolution whose windows share no entry: a matrix a window.
+
+    Attributes:
+        inverse: The pseudo-inverse of the kernel in the layout of a transposed convolution.
+        operator: The convolution.
+        transposed: Whether it is the transpose that is solved with.
+        spectrum: The kernel's singular values in short.
+    """
+
+    inverse: Tensor
+    operator: Convolution
+    transposed: bool
+    spectrum: Spectrum
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """Map residuals (N, *out_shape) to deviations (N, *in_shape)."""
+        inverse = self.operator.with_kernel(self.inverse)
+        residual = residual.to(self.inverse.dtype)
+        return inverse.mv(residual) if self.transposed else inverse.rmv(residual)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the factor holds, in bytes."""
+        return nbytes(self.inverse)
+
+
+@dataclass(frozen=True)
+class WrittenOutFactor(Factor):
+    """The pseudo-inverse of an operator that was written out as one matrix.
+
+    Attributes:
+        factor: The matrix's.
+        shape: The shape of a deviation.
+    """
+
+    factor: Factor
+    shape: tuple[int, ...]
+
+    @property
+    def spectrum(self) -> Spectrum:  # type: ignore[override]
+        """The matrix's singular values in short."""
+        return self.factor.spectrum
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """Map residuals (N, *out_shape) to deviations (N, *in_shape)."""
+        return self.factor.solve(residual.flatten(1)).unflatten(1, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the factor holds, in bytes."""
+        return self.factor.nbytes
+
+
+@dataclass(frozen=True)
 class Dense:
     """Pseudo-inverses of whole matrices, made once in double precision.
 
@@ -70,23 +168,56 @@ class Dense:
     damping: float = 0.0
     name = "dense"
 
-    def prepare(self, operator: Matrix | Diagonal | Separable) -> Factor:
-        """Factor an operator."""
+    def prepare(
+        self,
+        operator: Matrix | Diagonal | Separable | Convolution | Transposed,
+        backend: Backend = torch_backend,
+    ) -> Factor:
+        """Factor an operator; single products of matrices stay with torch on every backend."""
+        del backend
         if isinstance(operator, Separable):
             return separable.prepare(operator, self.rcond, self.damping)
         if isinstance(operator, Diagonal):
             return self._diagonal(operator.diagonal)
-        matrix = operator.matrix
-        inverse, spectrum = pseudo_inverse(
-            matrix.double(),
-            exact=matrix.dtype == torch.float64,
-            rcond=self._cutoff(matrix.dtype, max(matrix.shape)),
-            damping=self.damping,
-        )
-        return MatrixFactor(inverse.to(solve_dtype(matrix.dtype)).contiguous(), spectrum)
+        if isinstance(operator, Matrix):
+            return self._matrix(operator.matrix)
+        if isinstance(operator, Convolution) and operator.disjoint:
+            return self._windows(operator, transposed=False)
+        if isinstance(operator, Transposed) and operator.of.disjoint:
+            return self._windows(operator.of, transposed=True)
+        return WrittenOutFactor(self._matrix(write_out(operator)), operator.in_shape)
 
     def _cutoff(self, dtype: torch.dtype, size: int) -> float:
         return default_rcond(dtype, size) if self.rcond is None else self.rcond
+
+    def _matrix(self, matrix: Tensor) -> Factor:
+        rows, columns = matrix.shape
+        dtype = solve_dtype(matrix.dtype)
+        exact = matrix.dtype == torch.float64
+        apart = not exact and max(rows, columns) >= 2 * min(rows, columns) >= 512
+        inverse, spectrum = pseudo_inverse(
+            matrix.double(),
+            exact=exact,
+            rcond=self._cutoff(matrix.dtype, max(rows, columns)),
+            damping=self.damping,
+            gram=("rows" if rows <= columns else "columns") if apart else None,
+        )
+        inverse = inverse.to(dtype).contiguous()
+        if apart:
+            return GramFactor(matrix, inverse, spectrum)
+        return MatrixFactor(inverse, spectrum)
+
+    def _windows(self, operator: Convolution, transposed: bool) -> WindowFactor:
+        kernel = operator.kernel
+        matrices = kernel.double().flatten(1).unflatten(0, (operator.groups, -1))
+        inverse, spectrum = pseudo_inverse(
+            matrices,
+            exact=kernel.dtype == torch.float64,
+            rcond=self._cutoff(kernel.dtype, max(matrices.shape[1:])),
+            damping=self.damping,
+        )
+        inverse = inverse.mT.reshape(kernel.shape).to(solve_dtype(kernel.dtype)).contiguous()
+        return WindowFactor(inverse, operator, transposed, spectrum)
 
     def _diagonal(self, diagonal: Tensor) -> DiagonalFactor:
         scale = diagonal.double()
@@ -96,3 +227,21 @@ class Dense:
         inverse = torch.where(kept, scale / (scale.square() + self.damping * largest.square()), 0)
         spectrum = Spectrum(float(largest), float(singular.amin()), not bool(kept.all()))
         return DiagonalFactor(inverse, spectrum)
+
+
+def written_out_bytes(operator: Convolution | Transposed) -> int:
+    """Return the memory, in bytes, of an operator written out as a matrix in double."""
+    return 8 * math.prod(operator.in_shape) * math.prod(operator.out_shape)
+
+
+def write_out(operator: Convolution | Transposed) -> Tensor:
+    """Return the matrix of an operator, shape (outputs, inputs), in the type of its kernel."""
+    kernel = operator.kernel
+    inputs = math.prod(operator.in_shape)
+    columns = []
+    for start in range(0, inputs, 4096):
+        count = min(4096, inputs - start)
+        basis = torch.zeros(count, inputs, dtype=kernel.dtype, device=kernel.device)
+        basis[torch.arange(count), torch.arange(start, start + count)] = 1
+        columns.append(operator.mv(basis.unflatten(1, operator.in_shape)).flatten(1))
+    return torch.cat(columns).mT

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from frfx.linalg import Convolution, Dense, Diagonal, Factor, Matrix, Separable, Spectral
+from frfx.errors import ConvergenceError, ConvergenceWarning, PolicyError
+from frfx.linalg import Dense, Factor, Solver
+from frfx.linalg.auto import SOLVERS, Choice, Operator, SolverName
+from frfx.linalg.backend import Backend, torch_backend
+from frfx.linalg.iterative import MAX_STEPS, TOLERANCE
 from frfx.ops import Op, Shape
+
+Unconverged = Literal["warn", "raise", "ignore"]
 
 
 class Inversion(nn.Module, abc.ABC):
@@ -84,34 +91,65 @@ class AffineInversion(FactoredInversion):
         op: The op that is inverted.
         operator: Makes the linear part from the op and a factor's key.
         solver: Factors it.
-        key: What of the input's shape the operator depends on.
+        key: What of the shapes of input and output the operator depends on.
+        unconverged: What to do about samples that an iterative solver has not solved.
+
+    Attributes:
+        backend: The array library that solves.
     """
 
     def __init__(
         self,
         op: Op,
-        operator: Callable[[Op, Shape], Matrix | Diagonal | Convolution | Separable],
-        solver: Dense | Spectral,
-        key: Callable[[Shape], Shape] | None = None,
+        operator: Callable[[Op, Shape], Operator],
+        solver: Solver | Dense,
+        key: Callable[[Shape, Shape], Shape] | None = None,
+        unconverged: Unconverged = "warn",
     ) -> None:
         super().__init__(op)
         self._operator, self._solver, self._key = operator, solver, key
         self.solver = solver.name
+        self.unconverged = unconverged
+        self.backend: Backend = torch_backend
 
     def key(self, input_shape: Shape, output_shape: Shape) -> Shape:
-        """Return what of the input's shape the operator depends on."""
-        del output_shape
-        return () if self._key is None else self._key(input_shape)
+        """Return what of the shapes the operator depends on."""
+        return () if self._key is None else self._key(input_shape, output_shape)
 
     def factorize(self, key: Shape) -> Factor:
         """Factor the linear part from the weights as they are now."""
-        return self._solver.prepare(self._operator(self.op, key))  # type: ignore[arg-type]
+        return self._solver.prepare(self._operator(self.op, key), self.backend)
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         """Return `x^ + A+ (y* - y^)`."""
         (x,) = inputs
         with torch.autocast(x.device.type, enabled=False):
             return x + self.factor(x, output).solve(target - output)
+
+    def check_convergence(self) -> None:
+        """Warn or raise, as asked, if the last solve has left samples unsolved.
+
+        Raises:
+            ConvergenceError: If it has, and `unconverged` is ``"raise"``.
+        """
+        for factor in self.factors.values():
+            convergence = factor.take_convergence() if isinstance(factor, Choice) else None
+            if convergence is None or self.unconverged == "ignore":
+                continue
+            failed = int((~convergence.converged).sum())
+            if not failed:
+                continue
+            message = (
+                f"{self.op.path} ({self.op.show_shapes()}): the iterative solver has left {failed} "
+                f"of {len(convergence.converged)} samples above its tolerance, the worst at a "
+                f"relative residual of {float(convergence.residual.max()):.2g} after "
+                f"{int(convergence.steps.max())} steps. Their best step is used; "
+                f"policy.override(node={self.op.path!r}, damping=..., max_steps=..., "
+                'tolerance=...) helps, and unconverged="ignore" is silent'
+            )
+            if self.unconverged == "raise":
+                raise ConvergenceError(message)
+            warnings.warn(message, ConvergenceWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -144,6 +182,56 @@ class Rule(abc.ABC):
             if getattr(self, field.name) != field.default
         ]
         return type(self).__name__ + (f"({', '.join(options)})" if options else "")
+
+
+@dataclass(frozen=True)
+class AffineRule(Rule):
+    """A rule for an affine op, with a choice of solver.
+
+    Attributes:
+        solver: ``"dense"``, ``"spectral"`` (convolutions), ``"iterative"``, or ``"auto"``: by
+            structure, size and condition number, as the summary says.
+        rcond: Singular values up to this share of the largest count as zero; None for the
+            machine epsilon times the larger dimension.
+        damping: Tikhonov's parameter relative to the squared largest singular value; None for 0,
+            or for what `auto` finds necessary.
+        tolerance: Of the iterative solver: bound on the residual of the normal equations, relative
+            by sample.
+        max_steps: Of the iterative solver: bound on the steps.
+        unconverged: What to do about samples that it has not solved: ``"warn"``, ``"raise"`` or
+            ``"ignore"``.
+    """
+
+    solver: SolverName = "auto"
+    rcond: float | None = None
+    damping: float | None = None
+    tolerance: float = TOLERANCE
+    max_steps: int = MAX_STEPS
+    unconverged: Unconverged = "warn"
+
+    def __post_init__(self) -> None:
+        _check_choice("solver", self.solver, SOLVERS)
+        _check_choice("unconverged", self.unconverged, ("warn", "raise", "ignore"))
+        if not 0 < self.tolerance < 1:
+            raise PolicyError(f"tolerance={self.tolerance!r} does not lie between 0 and 1")
+        if self.max_steps < 1:
+            raise PolicyError(f"max_steps={self.max_steps!r} is less than one step")
+
+    def affine(
+        self,
+        op: Op,
+        operator: Callable[[Op, Shape], Operator],
+        key: Callable[[Shape, Shape], Shape] | None = None,
+    ) -> AffineInversion:
+        """Return the inversion of an op with this linear part, by the solver that is asked for."""
+        solver = Solver(self.solver, self.rcond, self.damping, self.tolerance, self.max_steps)
+        return AffineInversion(op, operator, solver, key, self.unconverged)
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        shown = ", ".join(map(repr, choices))
+        raise PolicyError(f"{option}={value!r} is none of {shown}")
 
 
 def one_input(op: Op, *read: str) -> str | None:

@@ -1,63 +1,112 @@
-"""Convolutions of stride 1 without padding (Eq. 8-20); 1d, 2d and 3d are one code."""
+"""Convolutions of any geometry and their transposes (Eq. 8-20); 1d, 2d and 3d are one code."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from frfx import vocabulary
-from frfx.linalg import Convolution, Spectral
+from frfx.linalg import Convolution, Transposed
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
-from frfx.rules.base import AffineInversion, Inversion, Rule, one_input
+from frfx.rules.base import AffineRule, Inversion, one_input
+
+Padding = tuple[tuple[int, int], ...]
 
 
 @register_rule(vocabulary.conv)
 @dataclass(frozen=True)
-class ConvolutionRule(Rule):
-    """`a* = a^ + F^-1[ K^F(u, v)+ F(pad(z* - z^)) ]`, Eq. 19 and 20 in residual form.
+class ConvolutionRule(AffineRule):
+    """`a* = a^ + A+ (z* - z^)`; without padding, Eq. 19 and 20 in residual form.
 
-    Attributes:
-        rcond: Singular values up to this share of the largest of all frequencies count as zero;
-            None for the machine epsilon times the larger channel count.
-        damping: Tikhonov's parameter relative to the squared largest singular value.
+    There it is `a^ + F^-1[ K^F(u, v)+ F(pad(z* - z^)) ]`, for any stride, dilation and groups. With
+    padding the circular model is refined on the convolution itself, where its conditioning allows;
+    `frfx.linalg.auto` has the choice. The options are those of `AffineRule`.
     """
 
     equation = "Eq. 8-20"
-    rcond: float | None = None
-    damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
-        reason = one_input(op, "weight")
-        weight = op.tensor("weight")
-        if reason or weight is None:
-            return reason or "its weight is not one of the model's tensors"
-        dims = weight.ndim - 2
-        if op.input_shapes is not None and len(op.input_shapes[0]) != dims + 1:
-            return f"its input has no batch dimension: {op.show_shapes()}"
-        padding = op.arguments["padding"]
-        if padding == "valid":
-            padding = 0
-        elif padding == "same":
-            padding = 0 if max(weight.shape[2:]) == 1 else "same"
-        if padding == "same" or any(p != 0 for p in _each(padding)):
-            return f"padding {padding}: only convolutions without padding are covered"
-        for name in ("stride", "dilation"):
-            if any(size != 1 for size in op.sizes(name, dims)):
-                return f"{name} {op.arguments[name]}: only {name} 1 is covered"
-        if op.arguments["groups"] != 1:
-            return f"groups {op.arguments['groups']}: only ungrouped convolutions are covered"
-        return None
+        reason = _one_kernel(op)
+        if reason is None and op.output_shape is not None and 0 in op.output_shape:
+            return f"it gives nothing: {op.show_shapes()}"
+        return reason
 
     def build(self, op: Op) -> Inversion:
-        solver = Spectral(self.rcond, self.damping)
-        return AffineInversion(op, _convolution, solver, key=lambda shape: shape[1:])
+        return self.affine(op, _convolution, key=lambda before, after: before[1:])
 
 
-def _each(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+@register_rule(vocabulary.conv_transpose)
+@dataclass(frozen=True)
+class TransposedConvolutionRule(AffineRule):
+    """`x* = x^ + A+ (y* - y^)` for the transpose of a convolution.
+
+    The circular model is the adjoint of the convolution's, and as approximate as with padding. The
+    options are those of `AffineRule`.
+    """
+
+    equation = "Eq. 4 with the transpose of Eq. 8"
+
+    def supports(self, op: Op) -> str | None:
+        return _one_kernel(op)
+
+    def build(self, op: Op) -> Inversion:
+        return self.affine(op, _transposed, key=lambda before, after: (*before[1:], *after[1:]))
+
+
+def _one_kernel(op: Op) -> str | None:
+    """Return why an op is no convolution of one activation with a kernel of the model, or None."""
+    reason = one_input(op, "weight")
+    weight = op.tensor("weight")
+    if reason or weight is None:
+        return reason or "its weight is not one of the model's tensors"
+    if op.input_shapes is not None and len(op.input_shapes[0]) != weight.ndim - 1:
+        return f"its input has no batch dimension: {op.show_shapes()}"
+    return None
 
 
 def _convolution(op: Op, key: Shape) -> Convolution:
+    weight = _weight(op)
+    dims = len(key)
+    return Convolution(
+        weight,
+        key,
+        stride=op.sizes("stride", dims),
+        padding=_padding(op, weight, dims),
+        dilation=op.sizes("dilation", dims),
+        groups=op.arguments["groups"],
+        padding_mode=op.arguments["padding_mode"],
+    )
+
+
+def _padding(op: Op, weight: Tensor, dims: int) -> Padding:
+    padding = op.arguments["padding"]
+    if padding == "valid":
+        return ((0, 0),) * dims
+    if padding == "same":  # the odd entry goes behind, as in torch
+        reach = zip(op.sizes("dilation", dims), weight.shape[2:], strict=True)
+        totals = [d * (k - 1) for d, k in reach]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((p, p) for p in op.sizes("padding", dims))
+
+
+def _transposed(op: Op, key: Shape) -> Transposed:
+    weight = _weight(op)
+    dims = len(key) // 2
+    return Transposed(
+        Convolution(
+            weight,
+            key[dims:],
+            stride=op.sizes("stride", dims),
+            padding=tuple((p, p) for p in op.sizes("padding", dims)),
+            dilation=op.sizes("dilation", dims),
+            groups=op.arguments["groups"],
+        )
+    )
+
+
+def _weight(op: Op) -> Tensor:
     weight = op.tensor("weight")
     assert weight is not None  # `supports` has seen to it
-    return Convolution(weight, key)
+    return weight

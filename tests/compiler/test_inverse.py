@@ -248,7 +248,7 @@ def test_summary_before_and_after_the_first_call():
     ]
     text = str(after)
     assert text.splitlines()[0] == "Inverse up to '1', traced by torch.fx"
-    columns = ["node", "op", "rule", "solver", "shapes", "condition"]
+    columns = ["node", "op", "rule", "solver", "shapes", "condition", "why"]
     assert text.splitlines()[1].split() == columns
     assert len(text.splitlines()) == 2 + len(after)
     inverse(*batch(2, (8, 12)))

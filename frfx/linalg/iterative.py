@@ -1,0 +1,235 @@
+"""Solve without writing anything out: preconditioned conjugate gradients on the operator itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from frfx.linalg.backend import Backend, torch_backend
+from frfx.linalg.operators import Convolution, Matrix, Transposed
+from frfx.linalg.pseudo_inverse import (
+    Factor,
+    Spectrum,
+    largest_singular_value,
+    solve_dtype,
+)
+from frfx.linalg.spectral import FACTOR_MEMORY, SpectralFactor
+
+TOLERANCE = 1e-2
+"""Default bound on the relative residual of the normal equations."""
+
+MAX_STEPS = 50
+"""Default bound on the steps."""
+
+_PRECONDITIONER_DAMPING = 1e-4
+"""The circular model may be singular where the operator is not; its inverse must not explode."""
+
+
+class Convergence(NamedTuple):
+    """How a batch of systems went.
+
+    Attributes:
+        residual: The relative residual of the normal equations by sample, shape (N,).
+        steps: The steps by sample, shape (N,).
+        converged: Whether the residual is within the tolerance, by sample, shape (N,).
+    """
+
+    residual: Tensor
+    steps: Tensor
+    converged: Tensor
+
+
+class IterativeFactor(Factor):
+    """An operator, a preconditioner and the tolerance.
+
+    Attributes:
+        operator: What is solved with.
+        preconditioner: The inverse Gram matrices of the circular model; None for a matrix.
+        spectrum: The singular values of the model, or of the matrix as far as they are known.
+        dual: Whether the Gram matrix is that of the rows.
+        shift: Tikhonov's parameter, absolute.
+        tolerance: See `Iterative`.
+        max_steps: See `Iterative`.
+        convergence: How the last solve went; None before it.
+    """
+
+    def __init__(
+        self,
+        operator: Matrix | Convolution | Transposed,
+        preconditioner: SpectralFactor | None,
+        spectrum: Spectrum,
+        *,
+        dual: bool,
+        shift: float,
+        tolerance: float,
+        max_steps: int,
+    ) -> None:
+        self.operator, self.preconditioner, self.spectrum = operator, preconditioner, spectrum
+        self.dual, self.shift = dual, shift
+        self.tolerance, self.max_steps = tolerance, max_steps
+        self.convergence: Convergence | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the preconditioner holds, in bytes."""
+        return 0 if self.preconditioner is None else self.preconditioner.nbytes
+
+    @torch.compiler.disable
+    def solve(self, residual: Tensor) -> Tensor:
+        """Return `argmin |A d - r|^2 + shift |d|^2` for every sample of the batch."""
+        residual = residual.to(solve_dtype(residual.dtype))
+        mv, rmv = self.operator.mv, self.operator.rmv
+        if self.dual:
+            solution, self.convergence = conjugate_gradients(
+                lambda y: mv(rmv(y)) + self.shift * y,
+                residual,
+                self._precondition,
+                tolerance=self.tolerance,
+                max_steps=self.max_steps,
+            )
+            return rmv(solution)
+        solution, self.convergence = conjugate_gradients(
+            lambda x: rmv(mv(x)) + self.shift * x,
+            rmv(residual),
+            self._precondition,
+            tolerance=self.tolerance,
+            max_steps=self.max_steps,
+        )
+        return solution
+
+    def _precondition(self, x: Tensor) -> Tensor:
+        return x if self.preconditioner is None else self.preconditioner.solve(x)
+
+
+def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):  # type: ignore[no-untyped-def]
+    """Solve a batch of symmetric positive definite systems, each to its own end.
+
+    A sample stops when its residual is within the tolerance, when it can get no smaller in this
+    precision, or after the last step. What it returns is its best step, never one worse than zero.
+    On a CPU, samples that have stopped leave the batch, so they cost nothing; on other devices,
+    where asking costs a synchronisation, they stay and are not written any more.
+
+    Args:
+        operator: Maps (N, ...) to (N, ...), linear and symmetric positive definite by sample.
+        right: The right-hand sides, shape (N, ...).
+        precondition: An approximate inverse, symmetric positive definite.
+        tolerance: Bound on the norm of a sample's residual relative to its right-hand side.
+        max_steps: Bound on the steps.
+
+    Returns:
+        The solutions, and how it went.
+
+    Source: Hestenes and Stiefel, 1952; Saad, Iterative Methods for Sparse Linear Systems, Alg. 9.1.
+    """
+    samples = len(right)
+    asks = right.device.type == "cpu"
+    tiny = torch.finfo(right.dtype).tiny
+    norm = _norm(right)
+    found = torch.zeros_like(right)
+    best = torch.ones_like(norm)
+    steps = torch.zeros(samples, dtype=torch.long, device=right.device)
+    running = norm > tiny
+    best = torch.where(running, best, 0.0)
+    index = torch.arange(samples, device=right.device)
+    x, r = torch.zeros_like(right), right
+    z = precondition(r)
+    p, rz = z, _dot(r, z)
+    for step in range(1, max_steps + 1):
+        if asks:
+            alive = running[index]
+            if not bool(alive.any()):
+                break
+            if int(alive.sum()) <= len(index) // 2:
+                index = index[alive]
+                x, r, p, rz = (v[alive] for v in (x, r, p, rz))
+        q = operator(p)
+        curvature = _dot(p, q)
+        # A breakdown (no curvature left, or none in this precision) ends a sample where it stands.
+        sound = running[index] & (curvature > tiny) & (rz > tiny) & torch.isfinite(curvature)
+        length = torch.where(sound, rz / curvature.clamp(min=tiny), 0.0)
+        x = x + _like(length, x) * p
+        r = r - _like(length, r) * q
+        relative = _norm(r) / norm[index].clamp(min=tiny)
+        better = sound & (relative < best[index])
+        best[index] = torch.where(better, relative, best[index])
+        found[index] = torch.where(_like(better, x), x, found[index])
+        steps[index] = torch.where(sound, step, steps[index])
+        running[index] = sound & ~(relative <= tolerance)
+        z = precondition(r)
+        following = _dot(r, z)
+        p = z + _like(torch.where(sound, following / rz.clamp(min=tiny), 0.0), z) * p
+        rz = following
+    return found, Convergence(best, steps, best <= tolerance)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def _norm(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a.flatten(1), dim=1)
+
+
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Iterative:
+    """Conjugate gradients on the normal equations of the operator itself, matrix-free.
+
+    Where A has no more rows than columns, `(A A^T + shift) y = r` and `d = A^T y`, whatever the
+    preconditioner the least-norm solution; otherwise `(A^T A + shift) d = A^T r`. The
+    preconditioner is the inverse of the same Gram matrix of the circular model. The normal
+    equations square the condition number, so they are damped at least by the machine epsilon: what
+    is singular, or nearly so, cannot make them diverge.
+
+    Attributes:
+        damping: Tikhonov's parameter relative to the squared largest singular value.
+        tolerance: Bound on the residual of the normal equations, relative by sample.
+        max_steps: Bound on the steps.
+        memory: Bound in bytes on the preconditioner.
+    """
+
+    damping: float = 0.0
+    tolerance: float = TOLERANCE
+    max_steps: int = MAX_STEPS
+    memory: float = FACTOR_MEMORY
+    name = "iterative"
+
+    def prepare(
+        self, operator: Matrix | Convolution | Transposed, backend: Backend = torch_backend
+    ) -> IterativeFactor:
+        """Make the preconditioner."""
+        dtype = solve_dtype(
+            operator.matrix.dtype if isinstance(operator, Matrix) else operator.kernel.dtype
+        )
+        damping = max(self.damping, torch.finfo(dtype).eps)
+        if isinstance(operator, Matrix):
+            dual = operator.matrix.shape[0] <= operator.matrix.shape[1]
+            largest = largest_singular_value(operator.matrix.double())
+            spectrum, preconditioner = Spectrum(largest, math.nan, deficient=False), None
+        else:
+            dual = math.prod(operator.out_shape) <= math.prod(operator.in_shape)
+            preconditioner = SpectralFactor(
+                operator,
+                cutoff=-1.0,  # a preconditioner has no null space
+                damping=max(damping, _PRECONDITIONER_DAMPING),
+                gram="rows" if dual else "columns",
+                memory=self.memory,
+                backend=backend,
+            )
+            spectrum = preconditioner.spectrum
+        return IterativeFactor(
+            operator.to(dtype),
+            preconditioner,
+            spectrum,
+            dual=dual,
+            shift=damping * spectrum.largest**2,
+            tolerance=self.tolerance,
+            max_steps=self.max_steps,
+        )
