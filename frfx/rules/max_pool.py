@@ -29,9 +29,15 @@ from frfx.rules.windows import spatial_dims, unbatched
 
 _MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
+# Masks are numbers here, 0 and 1: on a CPU, booleans and torch.where take several times as long.
+
 _SMALL = 9
 """Up to how many entries a window is read entry by entry on a CPU, where torch's own search for the
 maximum is slow for small windows and fast for large ones."""
+
+_CHUNK = 1 << 19
+"""How many entries are inverted at once on a CPU, so that they stay in its caches. On other devices
+32 times as many: there it only bounds the memory."""
 
 
 class MaxPoolInversion(Inversion):
@@ -68,6 +74,15 @@ class MinimalMaxUnpool(MaxPoolInversion):
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         axes = self.axes(x, output)
+        entries = _CHUNK if x.is_cpu else 32 * _CHUNK
+        if torch.compiler.is_compiling() or x.numel() <= entries:
+            return self._unpool(target, output, x, axes)
+        chunk = max(entries // math.prod(x.shape[2:]), 1)
+        parts = (v.reshape(-1, 1, *v.shape[2:]).split(chunk) for v in (target, output, x))
+        images = [self._unpool(t, y, v, axes) for t, y, v in zip(*parts, strict=True)]
+        return torch.cat(images).view(x.shape)
+
+    def _unpool(self, target: Tensor, output: Tensor, x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
         if all(axis.disjoint for axis in axes):
             size = math.prod([axis.kernel for axis in axes])
             if size <= _SMALL and x.is_cpu and all(axis.inside for axis in axes):
@@ -93,7 +108,6 @@ def _unpool_small_tiles(
     for entry, place in zip(entries, places, strict=True):
         value = entry.to(target.dtype).contiguous()
         with torch.no_grad():
-            # Numbers, not booleans: torch.where takes longer on a CPU than all the rest.
             first = value.clone().eq_(output).mul_(waiting)
             waiting -= first
         place.copy_(torch.minimum(value, target) * (1 - first) + target * first)
@@ -128,17 +142,19 @@ def _select(top: Tensor, bound: Tensor, x: Tensor, axes: tuple[Axis, ...]) -> Te
     Returns:
         Indices (N, C, windows).
     """
-    most = torch.full_like(top, -math.inf, dtype=x.dtype)
-    chosen = torch.zeros_like(top, dtype=torch.int64)
-    bounds, values, places = (
-        taps(frame(image, axes, fill), axes)
-        for image, fill in ((bound, -math.inf), (x, -math.inf), (_indices(x), 0))
-    )
-    for limit, value, place in zip(bounds, values, places, strict=True):
-        better = (limit == top) & (value > most)
-        most = torch.where(better, value, most)
-        chosen = torch.where(better, place, chosen)
-    return chosen.flatten(2)
+    most = torch.full_like(top, -math.inf)
+    chosen = torch.zeros_like(top)  # the number of the offset
+    bounds, values = (taps(frame(image, axes, -math.inf), axes) for image in (bound, x))
+    for offset, (limit, value) in enumerate(zip(bounds, values, strict=True)):
+        excluded = limit.clone().eq_(top).reciprocal_().sub_(1)  # infinite, or 0 at the target
+        value = value - excluded
+        better = value.clone().gt_(most)
+        most = torch.maximum(most, value)
+        chosen.addcmul_(better, offset - chosen)
+    places = torch.stack([*taps(frame(_indices(x), axes, 0), axes)]).flatten()
+    count = math.prod([axis.count for axis in axes])
+    window = torch.arange(count, device=x.device)
+    return places[chosen.flatten(2).long() * count + window]
 
 
 def _nearest_reachable(target: Tensor, x: Tensor, axes: tuple[Axis, ...]) -> Tensor:

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import frfx
+from frfx.rules import max_pool
 
 seeds = st.integers(0, 2**31)
 MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
@@ -305,6 +306,17 @@ def inversion(pool, policy="minimal"):
     """Return the module that inverts max pooling."""
     (child,) = (m for n, m in invert(pool, policy).inverse.named_children() if n != "argmax")
     return child
+
+
+@GEOMETRY
+@pytest.mark.parametrize("chunk", [1, 50])
+def test_large_images_are_inverted_in_pieces(pool, size, chunk, monkeypatch):
+    x = normal(0, 3, 4, *size)
+    target = normal(1, *pool(x).shape)
+    expected = inversion(pool)(target, pool(x), x)
+    monkeypatch.setattr(max_pool, "_CHUNK", chunk)
+    assert torch.equal(inversion(pool)(target, pool(x), x), expected)
+    assert torch.equal(inversion(pool)(pool(x), pool(x), x), x)
 
 
 @GEOMETRY
