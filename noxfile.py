@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2025.2.9"
@@ -65,3 +67,14 @@ def coverage(session: nox.Session) -> None:
     session.run(
         "pytest", "-n", "2", "--cov", "--cov-report=term-missing:skip-covered", *session.posargs
     )
+
+
+@nox.session(name="bench-joint")
+def bench_joint(session: nox.Session) -> None:
+    """Compare joint inversion with the layerwise policies and with minimal-norm attacks."""
+    install(session, "cli")
+    # visdom, which adv-lib draws in, needs an old setuptools to be built; adv-lib itself does not.
+    constraints = Path(session.create_tmp()) / "build.txt"
+    constraints.write_text("setuptools<80\n")
+    session.install("foolbox", "adv-lib", "--build-constraint", str(constraints))
+    session.run("python", "benchmarks/joint.py", *session.posargs)

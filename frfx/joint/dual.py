@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 _RIDGE = 1e-11
-"""Softness of the constraints, relative to their scaled Gram matrix, so that there is a solution for
-inconsistent ones, and a single one for dependent ones."""
+"""Softness of the constraints, relative to their scaled Gram matrix: it gives inconsistent ones a
+solution, and dependent ones a single one."""
 
 _REFINEMENTS = 1
 """Each squares the error that the softness leaves."""

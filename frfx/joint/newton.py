@@ -13,9 +13,9 @@ _PATIENCE = 2
 """How often a sample that misses its target starts from the forward feature before it is restored:
 moved from where it is, by the least step to the target."""
 
-_REACH = 1.0
-"""The longest step but for the first, in norms of the forward feature: a linearisation says little
-of what lies so far away."""
+_REACH = (10.0, 1.0)
+"""The longest first step, and the longest of the others, in norms of the forward feature: a
+linearisation says little of what lies so far away."""
 
 _SHORTER = 0.25
 """How much shorter a reached sample goes back towards `a^` once a whole step has gained nothing."""
@@ -67,8 +67,8 @@ def nearest_feature(
     start = feature.detach().flatten(1)
     best = _Best(start)
     live = _Live(start)
-    reach = _REACH * start.norm(dim=1)
-    reach = torch.where(reach > 0, reach, torch.inf)
+    size = start.norm(dim=1)
+    size = torch.where(size > 0, size, torch.inf)
     for count in range(steps + 1):
         if len(live.rows) == 0:  # synchronises, as every choice of samples does
             break
@@ -98,8 +98,8 @@ def nearest_feature(
         step = weight[:, None] * offset + found
         length = step.norm(dim=1, keepdim=True)
         done |= ~reached & (length[:, 0] == 0)  # nothing that it could do moves it
-        if count > 0:
-            step = step * (reach[rows, None] / length).clamp(max=1).nan_to_num(nan=1)
+        longest = _REACH[min(count, 1)] * size[rows, None]
+        step = step * (longest / length).clamp(max=1).nan_to_num(nan=1)
         again = stalls[:, None]
         live.length = torch.where(stalls, live.length * torch.where(violation.isinf(), 0.1, 0.5), 1)
         live.base = torch.where(again, live.base, at)

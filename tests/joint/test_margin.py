@@ -134,7 +134,7 @@ class Pooled(nn.Module):
 
 def test_the_safeguard_reaches_what_plain_steps_do_not(monkeypatch):
     torch.manual_seed(0)
-    model, x, y = Pooled().eval(), torch.randn(200, 2, 14, 14), torch.arange(200) % 6
+    model, x, y = Pooled().eval(), torch.randn(100, 2, 14, 14), torch.arange(100) % 6
     policy = frfx.policy.joint(unreached="ignore", steps=30)
     safe = frfx.invert(model, 0, policy=policy)
     measured = frfx.measure(safe, x, y)

@@ -137,7 +137,7 @@ CASES = [
 @pytest.mark.parametrize("constraint", ["inequality", "equality"])
 def test_the_label_survives(kind, layer, constraint):
     model = fresh(kind)
-    x, y = batch(model, 40)
+    x, y = batch(model, 20)
     before = snapshot(model)
     policy = frfx.policy.joint(constraint=constraint, steps=40, unreached="ignore")
     inverse = frfx.invert(model, layer, policy=policy)
@@ -159,7 +159,7 @@ def test_the_label_survives(kind, layer, constraint):
 
 def test_inequality_deviates_less_than_equality():
     model = fresh(Residual)
-    x, y = batch(model, 60)
+    x, y = batch(model, 30)
     deviations = []
     for constraint in ("inequality", "equality"):
         policy = frfx.policy.joint(constraint=constraint, steps=40, unreached="ignore")

@@ -1,0 +1,150 @@
+"""Float targets: exact on affine tails of any rank, met on curved ones, and said where not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import frfx
+from frfx.joint.matrix_free import Jacobian, least_squares
+from tests.oracles import Apply, minimal_affine_preimage, normal, relative
+
+
+def affine(seed: int, rows: int, columns: int, rank: int) -> torch.Tensor:
+    """Return a matrix of a given rank."""
+    rank = min(rank, rows, columns)
+    return normal(seed, rows, rank) @ normal(seed + 1, rank, columns)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 7), st.integers(1, 7), st.integers(1, 7))
+def test_affine_tails_equal_the_pseudo_inverse(seed, rows, columns, rank):
+    weight, bias = affine(seed, rows, columns, rank), normal(seed + 2, rows)
+
+    def function(x, weight, bias):
+        return nn.functional.linear(x, weight, bias)
+
+    model = Apply(function, weight=weight, bias=bias).eval()
+    x, target = normal(seed + 3, 4, columns), normal(seed + 4, 4, rows)
+    policy = frfx.policy.joint(unreached="ignore")
+    inverse = frfx.invert(model, "x", policy=policy)
+    found = inverse(x, target)
+    singular = np.linalg.svd(weight.numpy(), compute_uv=False)
+    if singular[singular > 1e-9 * singular[0]].min() < 1e-3 * singular[0]:
+        return  # conjugate gradients need more than their share of steps
+    for k in range(4):
+        expected = minimal_affine_preimage(
+            lambda v: function(v, weight, bias), x[k, None], target[k, None], rcond=1e-9
+        )
+        if np.linalg.norm(expected - x[k, None].numpy()) < 9 * np.linalg.norm(x[k].numpy()):
+            assert relative(found[k, None], expected) < 1e-5
+
+
+@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 8), st.integers(1, 8))
+def test_least_squares_against_pinv(seed, rows, columns, rank):
+    matrices = torch.stack([affine(seed + 10 * k, rows, columns, rank) for k in range(3)])
+    right = normal(seed + 5, 3, rows)
+    right[1] = 0
+    found = least_squares(
+        lambda v: (matrices @ v[..., None])[..., 0],
+        lambda v: (matrices.mT @ v[..., None])[..., 0],
+        right,
+    )
+    expected = (torch.linalg.pinv(matrices, rtol=1e-9) @ right[..., None])[..., 0]
+    assert not found[1].any()
+    residual = (matrices @ (found - expected)[..., None])[..., 0].norm(dim=1)
+    assert bool((residual <= 1e-6 * right.norm(dim=1) + 1e-12).all())
+    assert bool((found.norm(dim=1) <= expected.norm(dim=1) * (1 + 1e-6) + 1e-12).all())
+
+
+def test_jacobian_products_against_autograd():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.LayerNorm(12), nn.GELU()
+    ).double()
+    leaf = normal(0, 3, 2, 6, 6).requires_grad_()
+    products = Jacobian(leaf, model(leaf))
+    dense = torch.autograd.functional.jacobian(model, leaf.detach())
+    dense = torch.stack([dense[k, :, k].flatten(1) for k in range(3)])
+    tangent, cotangent = normal(1, 3, 72), normal(2, 3, 12)
+    torch.testing.assert_close(products.mv(tangent), (dense @ tangent[..., None])[..., 0])
+    torch.testing.assert_close(products.rmv(cotangent), (dense.mT @ cotangent[..., None])[..., 0])
+
+
+def curved() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 6, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 2), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 6)).double().eval()
+
+
+def test_regression_targets_are_met():
+    model, x = curved(), normal(0, 20, 2, 8, 8)
+    target = model(x).detach() + 0.01 * normal(1, 20, 6)
+    inverse = frfx.invert(model, 0, policy=frfx.policy.joint(steps=20))
+    measured = frfx.measure(inverse, x, target)
+    assert measured.label_consistency is None
+    assert bool(inverse.report["input"].reached.all())
+    (residual,) = measured.residuals
+    gap = (target - model(x).detach()).norm(dim=1)
+    assert bool((residual.residual <= 1.01e-3 * gap).all())
+    torch.testing.assert_close(residual.residual, inverse.report["input"].violation)
+    # As small as the first linearisation asks for, to second order.
+    ratios = []
+    jacobian = torch.autograd.functional.jacobian(model, x)
+    for k in range(20):
+        rows = jacobian[k, :, k].flatten(1)
+        least = (torch.linalg.pinv(rows) @ (target[k] - model(x[k, None]).detach()[0])).norm()
+        ratios.append(float(inverse.report["input"].deviation[k] / least))
+    assert np.median(ratios) < 1.01
+    assert max(ratios) < 1.2
+
+
+def test_the_forward_output_gives_the_forward_feature_back():
+    model, x = curved(), normal(0, 5, 2, 8, 8)
+    inverse = frfx.invert(model, 0, policy="joint")
+    assert torch.equal(inverse(x, model(x).detach()), x)
+    assert not inverse.report["input"].steps.any()
+
+
+def test_softmax_heads():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Softmax(-1)).double()
+    x = normal(0, 9, 6)
+    labels = torch.arange(9) % 4
+    inverse = frfx.invert(model.eval(), 0, policy=frfx.policy.joint(unreached="ignore"))
+    assert frfx.measure(inverse, x, labels).label_consistency == 1
+    target = torch.softmax(model[:3](x) + 0.1 * normal(1, 9, 4), -1).detach()
+    torch.testing.assert_close(model(inverse(x, target)), target, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("target", ["labels", "floats"])
+@pytest.mark.parametrize("constraint", ["inequality", "equality"])
+@pytest.mark.parametrize("weight", ["zero", "saturated", "dead"])
+def test_unreachable_targets_are_reported(target, constraint, weight):
+    """Constant networks: nothing is NaN, nothing moves out of sight, and all of it is said."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.ReLU(), nn.Linear(6, 3)).eval()
+    x = torch.randn(8, 5)
+    with torch.no_grad():
+        if weight == "zero":
+            model[0].weight.zero_()
+        elif weight == "saturated":
+            model[0].weight.mul_(1e-12)
+            model[0].bias.fill_(9.0)
+        else:
+            model[0].bias.fill_(-1e3)
+        winner = int(model(x)[0].argmax())
+    y = torch.full((8,), (winner + 1) % 3) if target == "labels" else model(x).detach() + 1.0
+    policy = frfx.policy.joint(constraint=constraint)
+    inverse = frfx.invert(model, 0, policy=policy)
+    with pytest.warns(frfx.UnreachedWarning, match=r"'3': 8 of 8 samples \(0, 1, 2, 3, 4, ...\)"):
+        found = inverse(x, y)
+    assert bool(torch.isfinite(found).all())
+    report = inverse.report["input"]
+    assert not report.reached.any()
+    assert bool((report.violation > 0.01).all())
+    assert bool((report.deviation <= 15 * x.norm(dim=1)).all())
+    with pytest.raises(frfx.UnreachedError, match="have not reached their target in 12 steps"):
+        frfx.invert(model, 0, policy=frfx.policy.joint(unreached="raise"))(x, y)
