@@ -59,6 +59,7 @@ def post_train(
     checkpoint: str | Path | None = None,
     progress: bool = False,
     example_input: Tensor | None = None,
+    weighing: str = "paper",
 ) -> list[EpochRecord]:
     """Post-train the layers `l_S + 1 .. l_R` of a network in place, the rest frozen.
 
@@ -87,6 +88,8 @@ def post_train(
             anew with a resume.
         progress: Whether to show a progress bar (extra `frfx[cli]`).
         example_input: A batch; needed only for models that symbolic tracing cannot follow.
+        weighing: How alpha weighs the reconstruction loss, as for `PostTraining`; after a resume
+            the mean that ``"relative"`` divides by is taken anew.
 
     Returns:
         One record an epoch, those before a resume included.
@@ -106,6 +109,7 @@ def post_train(
         policy=policy,
         backend=backend,
         example_input=example_input,
+        weighing=weighing,
     )
     with step, _progress_bar(progress, epochs) as advance:
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-3))

@@ -18,7 +18,7 @@ from frfx.compiler.trace import Traced, is_output, trace
 from frfx.compiler.view import check_model, evaluation_view
 from frfx.errors import LayerError, TargetError, TraceMismatchError
 from frfx.policy import Policy
-from frfx.posttrain.loss import Losses, combine
+from frfx.posttrain.loss import Losses, Scale, combine
 from frfx.posttrain.targets import Targets
 
 
@@ -46,6 +46,11 @@ class PostTraining(nn.Module):
         example_input: A batch; needed only for models that symbolic tracing cannot follow.
         classification_loss: Takes logits and labels (Eq. 1).
         reconstruction_loss: Takes the forward and the reconstructed feature (Eq. 2).
+        weighing: ``"paper"`` takes the terms of Eq. 3 as they are: alpha then weighs little for
+            targets that lie close to the features, as those of `policy="joint"` do.
+            ``"relative"`` divides the reconstruction loss by what it was before training, in the
+            mean of the samples seen, so that alpha means the same for all policies; it costs one
+            forward pass more up to the layer.
 
     Raises:
         LayerError: If the layers do not exist, are not in order, hold no parameter to train, or
@@ -73,12 +78,16 @@ class PostTraining(nn.Module):
         example_input: Tensor | None = None,
         classification_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         reconstruction_loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+        weighing: str = "paper",
     ) -> None:
         super().__init__()
         check_model(model)
         if not 0 <= alpha <= 1:
             raise TargetError(f"alpha weighs two losses (Eq. 3): it lies in [0, 1], not at {alpha}")
+        if weighing not in ("paper", "relative"):
+            raise TargetError(f'weighing is "paper" or "relative", not {weighing!r}')
         self.alpha = alpha
+        self.scale = Scale() if weighing == "relative" else None
         self.classification_loss = classification_loss
         self.reconstruction_loss = reconstruction_loss
         traced = trace(evaluation_view(model), example_input)
@@ -146,8 +155,20 @@ class PostTraining(nn.Module):
                     f"{tuple(feature.shape)}: they must be the same"
                 )
             reconstruction = self.reconstruction_loss(feature, target)
-        total = combine(self.alpha, classification, reconstruction)
+        total = combine(self.alpha, classification, self._weighed(reconstruction, x, target))
         return Losses(total, classification, reconstruction, output)
+
+    def _weighed(
+        self, reconstruction: Tensor | None, x: Tensor, target: Tensor | None
+    ) -> Tensor | None:
+        """Return the reconstruction loss as Eq. 3 takes it."""
+        if reconstruction is None or target is None or self.targets is None or self.scale is None:
+            return reconstruction
+        if self.training:
+            with torch.no_grad():
+                before = self.reconstruction_loss(self.targets.forward_feature(x), target)
+            self.scale.update(before, len(x))
+        return self.scale.divide(reconstruction)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the trained layers, in forward order."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from frfx.api import invert
+from frfx.compiler.emit import forward_module
 from frfx.compiler.view import evaluation_view
 from frfx.policy import Policy
 
@@ -46,6 +47,7 @@ class Targets:
             backend=backend,
             example_input=example_input,
         )
+        self._forward = forward_module(self.inverse.traced, (self.inverse.plan.tail.cut,))
         own = [tensor for tensor in _tensors(self.inverse.model) if id(tensor) not in shared]
         self._trained, self._dtype, self._own = trained[0], trained[0].dtype, own
 
@@ -56,6 +58,15 @@ class Targets:
         dtype = next(self.inverse.model.parameters()).dtype
         with torch.autocast(x.device.type, enabled=False):
             return self.inverse(x.to(dtype), y)
+
+    @torch.no_grad()
+    def forward_feature(self, x: Tensor) -> Tensor:
+        """Return the feature as the network before training gives it; runs outside of autocast."""
+        self._follow()
+        dtype = next(self.inverse.model.parameters()).dtype
+        with torch.autocast(x.device.type, enabled=False):
+            (feature,) = self._forward(x.to(dtype))
+        return feature
 
     def _follow(self) -> None:
         """Move the reference's own tensors to where the model was moved, as `.to()` would."""

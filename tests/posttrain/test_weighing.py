@@ -1,0 +1,99 @@
+"""How alpha weighs the reconstruction loss."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import frfx
+from frfx import networks
+
+
+def setup():
+    torch.manual_seed(0)
+    model = networks.build("digits").double()
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.randn(n, 1, 8, 8, generator=generator).double(), torch.arange(n) % 10)
+        for n in (12, 20, 8)
+    ]
+    return model, batches
+
+
+@pytest.mark.parametrize("policy", ["paper", "minimal", "joint"])
+def test_relative_divides_by_the_loss_before_training(policy):
+    model, batches = setup()
+    before = copy.deepcopy(model)
+    reference = frfx.invert(before, 1, policy=policy)
+    sums = count = 0
+    options = {"upto_layer": 1, "alpha": 0.4, "policy": policy, "weighing": "relative"}
+    with frfx.PostTraining(model, **options) as step:
+        optimizer = torch.optim.SGD(step.trained_parameters(), lr=0.5)
+        for i, (x, y) in enumerate(batches):
+            target = reference(x, y)
+            sums += float(F.mse_loss(before[:3](x), target)) * len(x)
+            count += len(x)
+            losses = step(x, y)
+            expected = F.mse_loss(model[:3](x), target)
+            torch.testing.assert_close(losses.reconstruction, expected)
+            relative = expected * count / sums
+            if i == 0:
+                torch.testing.assert_close(relative, torch.ones_like(relative))
+            torch.testing.assert_close(losses.total, 0.6 * losses.classification + 0.4 * relative)
+            optimizer.zero_grad()
+            losses.total.backward()
+            optimizer.step()
+
+
+def test_relative_does_not_depend_on_the_unit_of_the_loss():
+    model, ((x, y), *_) = setup()
+    totals = []
+    for unit in (1.0, 1e6):
+        with frfx.PostTraining(
+            copy.deepcopy(model),
+            upto_layer=1,
+            alpha=0.4,
+            weighing="relative",
+            reconstruction_loss=lambda a, t, unit=unit: unit * F.mse_loss(a, t),
+        ) as step:
+            totals.append(step(x, y).total)
+    torch.testing.assert_close(totals[0], totals[1])
+
+
+def test_targets_that_are_the_features_have_no_scale():
+    model, ((x, y), *_) = setup()
+    with frfx.PostTraining(model, upto_layer=1, alpha=0.4, weighing="relative") as step:
+        losses = step(x, y, model[:3](x).detach())
+    assert float(losses.reconstruction) == 0
+    torch.testing.assert_close(losses.total, 0.6 * losses.classification)
+
+
+def test_evaluation_leaves_the_scale():
+    model, ((x, y), (other, labels), _) = setup()
+    with frfx.PostTraining(model, upto_layer=1, alpha=0.4, weighing="relative") as step:
+        first = step(x, y).total
+        step.eval()
+        step(other, labels)
+        torch.testing.assert_close(step(x, y).total, first)
+
+
+def test_unknown_weighing():
+    model, batches = setup()
+    with pytest.raises(frfx.TargetError, match=r'weighing is "paper" or "relative", not \'both\''):
+        frfx.post_train(model, batches, upto_layer=1, weighing="both")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_post_train_passes_it_on():
+    model, batches = setup()
+    found = []
+    for weighing in ("paper", "relative"):
+        twin = copy.deepcopy(model)
+        (record,) = frfx.post_train(
+            twin, batches, upto_layer=1, alpha=0.4, epochs=1, policy="joint", weighing=weighing
+        )
+        found.append(record.loss)
+    assert found[1] > found[0]  # joint targets lie close: as it is, the term would hardly count
