@@ -78,3 +78,10 @@ def bench_joint(session: nox.Session) -> None:
     constraints.write_text("setuptools<80\n")
     session.install("foolbox", "adv-lib", "--build-constraint", str(constraints))
     session.run("python", "benchmarks/joint.py", *session.posargs)
+
+
+@nox.session(name="bench-post-train")
+def bench_post_train(session: nox.Session) -> None:
+    """Post-train by BP, by reconstructed targets and by held features, with paired tests."""
+    install(session, "cli")
+    session.run("python", "benchmarks/post_training.py", *session.posargs)
