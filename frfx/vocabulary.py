@@ -46,6 +46,42 @@ batch_norm = define(
     "momentum=0.1, eps=1e-5, **_",
     [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, F.batch_norm],
 )
+layer_norm = define(
+    "layer_norm",
+    "input, normalized_shape, weight=None, bias=None, eps=1e-5, **_",
+    [nn.LayerNorm, F.layer_norm],
+)
+spell(
+    layer_norm,
+    [torch.layer_norm, aten.layer_norm.default],
+    "input, normalized_shape, weight=None, bias=None, eps=1e-5, _=True",
+)
+group_norm = define(
+    "group_norm",
+    "input, num_groups, weight=None, bias=None, eps=1e-5, **_",
+    [nn.GroupNorm, F.group_norm],
+)
+spell(
+    group_norm,
+    [torch.group_norm, aten.group_norm.default],
+    "input, num_groups, weight=None, bias=None, eps=1e-5, _=True",
+)
+instance_norm = define(
+    "instance_norm",
+    "input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, "
+    "momentum=0.1, eps=1e-5, **_",
+    [nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, F.instance_norm],
+)
+spell(
+    instance_norm,
+    [torch.instance_norm, aten.instance_norm.default],
+    "input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, _",
+)
+rms_norm = define(
+    "rms_norm",
+    "input, normalized_shape, weight=None, eps=None",
+    [nn.RMSNorm, F.rms_norm, torch.rms_norm, aten.rms_norm.default],
+)
 dropout = define(
     "dropout",
     "input, p=0.5, training=True, **_",

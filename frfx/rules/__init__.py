@@ -7,7 +7,7 @@ from frfx.rules.activation import (
     SinPaperRule,
     register_elementwise,
 )
-from frfx.rules.affine import BatchNormRule, ScaleRule
+from frfx.rules.affine import ScaleRule
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
 from frfx.rules.conv import ConvolutionRule
 from frfx.rules.interpolate import InterpolateRule
@@ -22,6 +22,7 @@ from frfx.rules.label import (
 )
 from frfx.rules.linear import LinearRule
 from frfx.rules.max_pool import MaxPoolCopyRule, MaxPoolMinimalRule
+from frfx.rules.norm import BatchNormRule, NormalizationRule
 from frfx.rules.pad import PadRule
 from frfx.rules.pool import AdaptiveAvgPoolRule, AvgPoolRule, MeanRule
 from frfx.rules.shape import IdentityRule, PermuteRule, ReshapeRule, TransposeRule
@@ -45,6 +46,7 @@ __all__ = [
     "MaximumAssignmentRule",
     "MeanRule",
     "NearestEmbeddingRule",
+    "NormalizationRule",
     "OneHotRule",
     "PReluRule",
     "PadRule",

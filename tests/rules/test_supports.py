@@ -108,6 +108,16 @@ COMPILED = {
         "its running_var is computed in the graph",
         {"w": torch.ones(3)},
     ),
+    "computed shape": (
+        lambda x: F.layer_norm(x, x.shape[1:]),
+        "its normalized_shape is computed in the graph, not read from the model",
+    ),
+    "computed scale of a norm": (
+        lambda x, w: F.group_norm(x, 1, w * 2),
+        "its weight is computed in the graph",
+        {"w": torch.ones(3)},
+    ),
+    "norm of another": (lambda x, w: F.layer_norm(w, (3,), x), "it is applied to x, not to one", W),
     "active dropout": (
         lambda x: F.dropout(x, 0.5),
         "it drops at random in evaluation mode, too: pass training=self.training",
@@ -222,6 +232,16 @@ CALLED = {
         lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)),
         (2, 3, 4),
         "it pads the batch, so its samples are not those of the input",
+    ),
+    "layer norm over the batch": (
+        nn.LayerNorm((2, 3), elementwise_affine=False),
+        (2, 3),
+        f"it normalises over the batch, so {BATCH}",
+    ),
+    "instance norm without a batch": (
+        nn.InstanceNorm1d(2),
+        (2, 3),
+        "its input has no batch dimension: 3 -> 3",
     ),
     "broadcast": (
         lambda x, w: x + w,
