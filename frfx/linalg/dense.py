@@ -22,6 +22,10 @@ from frfx.linalg.pseudo_inverse import (
 )
 from frfx.linalg.separable import Separable
 
+_GRAM_UP_TO = 1e3
+"""Squared condition number up to which a pseudo-inverse may stay in two parts: as the inverse of
+the Gram matrix is rounded to the precision of the weights, the rounding is multiplied by it."""
+
 
 @dataclass(frozen=True)
 class MatrixFactor(Factor):
@@ -195,17 +199,19 @@ class Dense:
         dtype = solve_dtype(matrix.dtype)
         exact = matrix.dtype == torch.float64
         apart = not exact and max(rows, columns) >= 2 * min(rows, columns) >= 512
+        double = matrix.double()
         inverse, spectrum = pseudo_inverse(
-            matrix.double(),
+            double,
             exact=exact,
             rcond=self._cutoff(matrix.dtype, max(rows, columns)),
             damping=self.damping,
             gram=("rows" if rows <= columns else "columns") if apart else None,
         )
-        inverse = inverse.to(dtype).contiguous()
         if apart:
-            return GramFactor(matrix, inverse, spectrum)
-        return MatrixFactor(inverse, spectrum)
+            if (1 + self.damping) <= _GRAM_UP_TO * (spectrum.condition**-2 + self.damping):
+                return GramFactor(matrix, inverse.to(dtype).contiguous(), spectrum)
+            inverse = double.mT @ inverse if rows <= columns else inverse @ double.mT
+        return MatrixFactor(inverse.to(dtype).contiguous(), spectrum)
 
     def _windows(self, operator: Convolution, transposed: bool) -> WindowFactor:
         kernel = operator.kernel

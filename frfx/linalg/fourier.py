@@ -113,6 +113,9 @@ class FourierMap:
         self.grid, self.groups, self.rows, self.columns = grid, groups, rows, columns
         self.dtype, self.device, self.backend = dtype, device, backend
         self.form = form or choose_form(grid, groups, rows, columns)
+        whole = groups * rows * math.prod(grid.result) * columns * math.prod(grid.source)
+        if form is None and self.form == "matrix" and whole * dtype.itemsize > memory:
+            self.form = "dft"  # which can be made anew in chunks
         self._matrices = matrices
         width = 2 * dtype.itemsize * (2 if self.form == "dft" else 1)
         count = groups * math.prod(grid.half(self.form))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from frfx.linalg.pseudo_inverse import (
     Factor,
     Spectrum,
     largest_singular_value,
+    nbytes,
     solve_dtype,
 )
 from frfx.linalg.spectral import FACTOR_MEMORY, SpectralFactor
@@ -46,12 +47,16 @@ class Convergence(NamedTuple):
 class IterativeFactor(Factor):
     """An operator, a preconditioner and the tolerance.
 
+    The operator is scaled so that its largest entry is 1, and so is every sample of the residual:
+    then no product of two scales leaves the range of the precision.
+
     Attributes:
-        operator: What is solved with.
+        operator: What is solved with, scaled.
+        scale: What the operator was divided by.
         preconditioner: The inverse Gram matrices of the circular model; None for a matrix.
         spectrum: The singular values of the model, or of the matrix as far as they are known.
         dual: Whether the Gram matrix is that of the rows.
-        shift: Tikhonov's parameter, absolute.
+        shift: Tikhonov's parameter, of the scaled operator.
         tolerance: See `Iterative`.
         max_steps: See `Iterative`.
         convergence: How the last solve went; None before it.
@@ -63,26 +68,32 @@ class IterativeFactor(Factor):
         preconditioner: SpectralFactor | None,
         spectrum: Spectrum,
         *,
+        scale: float,
         dual: bool,
         shift: float,
         tolerance: float,
         max_steps: int,
     ) -> None:
         self.operator, self.preconditioner, self.spectrum = operator, preconditioner, spectrum
-        self.dual, self.shift = dual, shift
+        self.scale, self.dual, self.shift = scale, dual, shift
         self.tolerance, self.max_steps = tolerance, max_steps
         self.convergence: Convergence | None = None
 
     @property
     def nbytes(self) -> int:
-        """The memory that the preconditioner holds, in bytes."""
-        return 0 if self.preconditioner is None else self.preconditioner.nbytes
+        """The memory that the scaled operator and the preconditioner hold, in bytes."""
+        held = nbytes(_entries(self.operator))
+        return held if self.preconditioner is None else held + self.preconditioner.nbytes
 
     @torch.compiler.disable
     def solve(self, residual: Tensor) -> Tensor:
         """Return `argmin |A d - r|^2 + shift |d|^2` for every sample of the batch."""
-        residual = residual.to(solve_dtype(residual.dtype))
+        residual = residual.to(_entries(self.operator).dtype)
         mv, rmv = self.operator.mv, self.operator.rmv
+        size = _like(residual.abs().flatten(1).amax(1), residual)
+        residual = torch.where(size > 0, residual / size, 0.0)
+        # What is not finite comes back as NaN, for a system without a norm is not iterated.
+        unscale = size / self.scale
         if self.dual:
             solution, self.convergence = conjugate_gradients(
                 lambda y: mv(rmv(y)) + self.shift * y,
@@ -91,7 +102,7 @@ class IterativeFactor(Factor):
                 tolerance=self.tolerance,
                 max_steps=self.max_steps,
             )
-            return rmv(solution)
+            return rmv(solution) * unscale
         solution, self.convergence = conjugate_gradients(
             lambda x: rmv(mv(x)) + self.shift * x,
             rmv(residual),
@@ -99,10 +110,24 @@ class IterativeFactor(Factor):
             tolerance=self.tolerance,
             max_steps=self.max_steps,
         )
-        return solution
+        return solution * unscale
 
     def _precondition(self, x: Tensor) -> Tensor:
         return x if self.preconditioner is None else self.preconditioner.solve(x)
+
+
+def _entries(operator: Matrix | Convolution | Transposed) -> Tensor:
+    """Return the tensor that an operator is made of."""
+    return operator.matrix if isinstance(operator, Matrix) else operator.kernel
+
+
+def _scaled(operator: Matrix | Convolution | Transposed, scale: float) -> Any:
+    """Return the operator divided by a number, in the precision that is solved in."""
+    if isinstance(operator, Transposed):
+        return Transposed(_scaled(operator.of, scale))
+    entries = _entries(operator)
+    entries = entries.to(solve_dtype(entries.dtype)) / scale
+    return Matrix(entries) if isinstance(operator, Matrix) else operator.with_kernel(entries)
 
 
 def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):  # type: ignore[no-untyped-def]
@@ -205,10 +230,9 @@ class Iterative:
         self, operator: Matrix | Convolution | Transposed, backend: Backend = torch_backend
     ) -> IterativeFactor:
         """Make the preconditioner."""
-        dtype = solve_dtype(
-            operator.matrix.dtype if isinstance(operator, Matrix) else operator.kernel.dtype
-        )
-        damping = max(self.damping, torch.finfo(dtype).eps)
+        scale = float(_entries(operator).abs().amax()) or 1.0
+        operator = _scaled(operator, scale)
+        damping = max(self.damping, torch.finfo(_entries(operator).dtype).eps)
         if isinstance(operator, Matrix):
             dual = operator.matrix.shape[0] <= operator.matrix.shape[1]
             largest = largest_singular_value(operator.matrix.double())
@@ -225,9 +249,10 @@ class Iterative:
             )
             spectrum = preconditioner.spectrum
         return IterativeFactor(
-            operator.to(dtype),
+            operator,
             preconditioner,
-            spectrum,
+            Spectrum(scale * spectrum.largest, scale * spectrum.smallest, spectrum.deficient),
+            scale=scale,
             dual=dual,
             shift=damping * spectrum.largest**2,
             tolerance=self.tolerance,

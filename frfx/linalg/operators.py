@@ -63,7 +63,8 @@ class Convolution:
         kernel: Shape (C_out, C_in / groups, *k), torch's layout: the sum of Eq. 11, not flipped.
         size: The spatial shape of the operand.
         stride: Step between windows, by dimension; empty for 1.
-        padding: Entries added before and after, by dimension; empty for none.
+        padding: Entries added before and after, by dimension; empty for none. Below zero they are
+            left out (of zeros as the padding mode alone).
         dilation: Step between the taps of a window, by dimension; empty for 1.
         groups: How many parts of the channels are convolved apart.
         padding_mode: What is added: ``"zeros"``, ``"circular"``, ``"reflect"``, ``"replicate"``.
@@ -168,10 +169,12 @@ class Convolution:
 
     def _unpad(self, x: Tensor) -> Tensor:
         """Apply the transpose of the padding: what was copied outwards is added where it was."""
+        if self.padding_mode == "zeros":
+            return F.pad(x, [-p for pair in self.padding[::-1] for p in pair])
         for dim, (n, (before, after)) in enumerate(zip(self.size, self.padding, strict=True), 2):
             source = x
             x = source.narrow(dim, before, n)
-            if self.padding_mode == "zeros" or not before + after:
+            if not before + after:
                 continue
             copied = _copied_from(n, before, after, self.padding_mode, x.device)
             x = x.clone()

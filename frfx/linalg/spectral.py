@@ -205,7 +205,8 @@ class SpectralFactor(Factor):
         frequencies = grid.frequencies("fft")
         self._spectra: list[Spectrum] | None = []  # None once all are known
         self._scale: float | None = None
-        if len(list(self._chunks(frequencies))) > 1 or damping:
+        most = max(math.prod(grid.half(form)) for form in ("fft", "dft"))
+        if most * model.groups * model.rows * model.columns > _CHUNK or damping:
             self._scale = max(
                 largest_singular_value(self._forward(part)) for part in self._chunks(frequencies)
             )

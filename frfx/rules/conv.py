@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -94,16 +94,21 @@ def _padding(op: Op, weight: Tensor, dims: int) -> Padding:
 def _transposed(op: Op, key: Shape) -> Transposed:
     weight = _weight(op)
     dims = len(key) // 2
-    return Transposed(
-        Convolution(
-            weight,
-            key[dims:],
-            stride=op.sizes("stride", dims),
-            padding=tuple((p, p) for p in op.sizes("padding", dims)),
-            dilation=op.sizes("dilation", dims),
-            groups=op.arguments["groups"],
-        )
+    stride = op.sizes("stride", dims)
+    conv = Convolution(
+        weight,
+        key[dims:],
+        stride=stride,
+        padding=tuple((p, p) for p in op.sizes("padding", dims)),
+        dilation=op.sizes("dilation", dims),
+        groups=op.arguments["groups"],
     )
+    # An output padding of a stride and more makes room for windows that no entry of the input is.
+    excess = [
+        (count - n) * s for count, n, s in zip(conv.out_size, key[:dims], stride, strict=True)
+    ]
+    padding = zip(conv.padding, excess, strict=True)
+    return Transposed(replace(conv, padding=tuple((p, q - e) for (p, q), e in padding)))
 
 
 def _weight(op: Op) -> Tensor:
