@@ -37,11 +37,12 @@ class Spread(Factor):
     def solve(self, residual: Tensor) -> Tensor:
         """Copy every entry to all of its window."""
         deviation = self.share * residual.to(solve_dtype(residual.dtype))
-        for dim in range(len(self.kernel), 0, -1):  # the last first: memory is read in order
-            if self.kernel[dim - 1] != 1:
-                deviation = deviation.repeat_interleave(
-                    self.kernel[dim - 1], dim - 1 - len(self.kernel)
-                )
+        for back, size in enumerate(reversed(self.kernel), start=1):  # as memory is read
+            if deviation.shape[-back] == 1:
+                deviation = deviation.transpose(-back, -1).expand(*[-1] * (residual.ndim - 1), size)
+                deviation = deviation.transpose(-back, -1)
+            elif size != 1:
+                deviation = deviation.repeat_interleave(size, -back)
         if any(self.beyond):
             deviation = F.pad(deviation, [n for rest in self.beyond[::-1] for n in (0, rest)])
         return deviation

@@ -28,6 +28,18 @@ FAMILIES = {
     "adaptive max pool": (nn.AdaptiveMaxPool2d((2, 3)), (3, 5, 4)),
     "average pool": (nn.AvgPool2d(2), (3, 5, 4)),
     "adaptive pool": (nn.AdaptiveAvgPool2d(1), (3, 5, 4)),
+    "average pool, overlapping": (nn.AvgPool2d(3, 2, 1), (3, 5, 4)),
+    "adaptive pool, unequal windows": (nn.AdaptiveAvgPool2d((2, 7)), (3, 5, 4)),
+    "nearest": (nn.Upsample(scale_factor=1.5), (3, 5, 4)),
+    "bilinear": (nn.Upsample((7, 3), mode="bilinear"), (3, 5, 4)),
+    "bicubic": (nn.Upsample(scale_factor=2, mode="bicubic"), (3, 5, 4)),
+    "reflection": (nn.ReflectionPad2d(1), (3, 5, 4)),
+    "zero padding": (nn.ZeroPad2d(1), (3, 5, 4)),
+    "pixel shuffle": (nn.PixelShuffle(2), (4, 5, 4)),
+    "layer norm": (nn.LayerNorm(4), (3, 4)),
+    "group norm": (nn.GroupNorm(2, 4), (4, 3)),
+    "instance norm": (nn.InstanceNorm1d(3), (3, 4)),
+    "RMS norm": (nn.RMSNorm(4), (3, 4)),
     "mean": (lambda x: x.mean((2, 3)), (3, 5, 4)),
     "reshape": (nn.Flatten(), (3, 5, 4)),
     "permute": (lambda x: x.permute(0, 2, 1), (3, 5)),
@@ -47,6 +59,38 @@ def test_equals_the_cpu(function, shape, policy):
     found = reconstruct(there, x.cuda(), target.cuda(), policy)
     assert found.is_cuda
     assert relative(found.cpu(), reconstruct(here, x, target, policy)) < 1e-9
+
+
+def test_an_op_without_weights_follows_its_input():
+    pool = nn.AvgPool2d(3, 2, 1)
+    inverse = frfx.invert(nn.Sequential(nn.Identity(), pool), "0")
+    x = normal(0, 2, 3, 6, 6)
+    target = normal(1, *pool(x).shape)
+    here = inverse(x, target)
+    assert relative(inverse(x.cuda(), target.cuda()).cpu(), here) < 1e-12
+    assert torch.equal(inverse(x, target), here)
+
+
+@pytest.mark.parametrize("statistics", ["forward", "free"])
+def test_a_walk_does_not_wait_for_the_gpu(statistics):
+    """Once its factors are there, nothing of it is read back."""
+    model = nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.GroupNorm(2, 4), nn.Upsample(scale_factor=2))
+    model = model.double().cuda().eval()
+    policy = frfx.policy.minimal().override(op=nn.GroupNorm, statistics=statistics)
+    inverse = frfx.invert(model, "input", policy=policy)
+    x = normal(0, 2, 4, 6, 6).cuda()
+    target = model(x).detach() + 0.1
+    inverse(x, target)
+    values = [x]
+    for layer in model:
+        values.append(layer(values[-1]).detach())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in (2, 1, 0):
+            target = inverse.get_submodule(f"inverse._{i}")(target, values[i + 1], values[i])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(target).all()
 
 
 @pytest.mark.parametrize("embed", [frfx.nearest_embedding, frfx.maximum_assignment])
