@@ -1,4 +1,4 @@
-"""Affine ops that act entry by entry: batch norm in evaluation mode, scalar arithmetic."""
+"""Scalar arithmetic: affine ops that act entry by entry."""
 
 from __future__ import annotations
 
@@ -9,50 +9,9 @@ from torch import Tensor
 
 from frfx import vocabulary
 from frfx.linalg import Dense, Diagonal
-from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
-from frfx.rules.base import AffineInversion, Inversion, Rule, one_input
-
-
-@register_rule(vocabulary.batch_norm)
-@dataclass(frozen=True)
-class BatchNormRule(Rule):
-    """`x* = x^ + (y* - y^) / scale` by channel; channels of scale zero keep their value.
-
-    Minimal deviation for the affine map that batch norm is once its statistics are fixed.
-
-    Attributes:
-        rcond: Scales up to this share of the largest count as zero.
-        damping: Tikhonov's parameter relative to the squared largest scale.
-    """
-
-    equation = "Eq. 4 for a diagonal"
-    rcond: float | None = None
-    damping: float = 0.0
-
-    def supports(self, op: Op) -> str | None:
-        reason = one_input(op, "weight", "running_mean", "running_var")
-        if reason:
-            return reason
-        if op.arguments.get("training") or "running_var" not in op.tensor_of:
-            return "it normalises with the statistics of the batch, so samples depend on each other"
-        return None
-
-    def build(self, op: Op) -> Inversion:
-        return AffineInversion(
-            op, _batch_norm, Dense(self.rcond, self.damping), key=lambda shape: (len(shape),)
-        )
-
-
-def _batch_norm(op: Op, key: Shape) -> Diagonal:
-    variance, weight = op.tensor("running_var"), op.tensor("weight")
-    assert variance is not None  # `supports` has seen to it
-    # Computed in double, kept in single at least: half would round the scale itself.
-    scale = (variance.double() + op.arguments["eps"]).rsqrt()
-    if weight is not None:
-        scale = scale * weight.double()
-    return Diagonal(scale.to(solve_dtype(variance.dtype)).reshape(-1, *[1] * (key[0] - 1)))
+from frfx.rules.base import AffineInversion, Inversion, Rule
 
 
 @register_rule(vocabulary.add)
