@@ -9,6 +9,7 @@ from torch import Tensor
 
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.dense import Dense, written_out_bytes
+from frfx.linalg.fourier import Grid
 from frfx.linalg.iterative import (
     MAX_STEPS,
     TOLERANCE,
@@ -17,9 +18,10 @@ from frfx.linalg.iterative import (
     IterativeFactor,
 )
 from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed
+from frfx.linalg.polyphase import Polyphase
 from frfx.linalg.pseudo_inverse import Factor, Spectrum
 from frfx.linalg.separable import Separable
-from frfx.linalg.spectral import FACTOR_MEMORY, Polyphase, Spectral
+from frfx.linalg.spectral import FACTOR_MEMORY, Spectral
 
 Operator: TypeAlias = Matrix | Diagonal | Separable | Convolution | Transposed
 
@@ -113,21 +115,23 @@ class Solver:
 
     def _approximated(self, operator: Convolution | Transposed, backend: Backend) -> Choice:
         """Choose where the circular model is not the operator."""
+        model = Polyphase(operator.of if isinstance(operator, Transposed) else operator)
+        frequencies = Grid(model.grid, model.blocks, model.blocks).frequencies("fft")
+        condition = model.spectrum(frequencies, 0.0).condition
+        well = condition <= _WELL_CONDITIONED
+        chosen = self
+        note = f"condition number of the circular model {condition:.2g}"
+        if self.damping is None and not well:
+            chosen = replace(self, damping=_ILL_CONDITIONED_DAMPING)
+            note = f"{note}: damped by {_ILL_CONDITIONED_DAMPING:g}"
         if written_out_bytes(operator) <= _WRITE_OUT:
-            factor = self._dense.prepare(operator)
-            solver, small = "dense", "small: written out as a matrix"
-        else:
-            factor = self._iterative.prepare(operator, backend)
-            solver, small = "iterative", ""
-        condition = f"condition number {factor.spectrum.condition:.2g}"
-        if factor.spectrum.condition <= _WELL_CONDITIONED or self.damping is not None:
-            why = small or f"padding refined from the circular model; {condition}"
-            return Choice(factor, solver, why)
-        damped = replace(self, damping=_ILL_CONDITIONED_DAMPING)
-        note = f"{condition}: damped by {_ILL_CONDITIONED_DAMPING:g}"
-        if small:
-            return Choice(damped._dense.prepare(operator), "dense", f"{small}; {note}")
-        return Choice(damped._spectral.prepare(operator, backend), "spectral", note)
+            factor: Factor = chosen._dense.prepare(operator)
+            return Choice(factor, "dense", f"padded and small: written out as a matrix; {note}")
+        if well or self.damping:
+            factor = chosen._iterative.prepare(operator, backend)
+            return Choice(factor, "iterative", f"padded: the circular model, refined; {note}")
+        factor = chosen._spectral.prepare(operator, backend)
+        return Choice(factor, "spectral", f"padded: the circular model, not refined; {note}")
 
     def _as_asked(self, operator: Operator, backend: Backend) -> Factor:
         if self.name == "dense":

@@ -1,0 +1,177 @@
+"""The circular model of a convolution: an operator that one matrix a frequency diagonalises."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from frfx.linalg.operators import Convolution
+from frfx.linalg.pseudo_inverse import Spectrum, singular_values
+
+_CHUNK = 1 << 22
+"""Matrix entries that are made at a time."""
+
+_SAMPLED_WORK = 1 << 30
+"""Multiplications that the spectrum of a large model may cost."""
+
+
+@dataclass(frozen=True)
+class Polyphase:
+    """The circular model of a convolution: a block-circulant operator on a periodic grid.
+
+    The operand is cut into blocks of the stride, whose entries become channels (space to depth), so
+    that every convolution is one of stride 1. The grid is the smallest on which no window wraps
+    around, which for stride 1 without padding is the image itself, as in Eq. 12; with circular
+    padding it is the image, and windows wrap as they do in the convolution.
+
+    Attributes:
+        operator: The convolution.
+    """
+
+    operator: Convolution
+
+    @property
+    def groups(self) -> int:
+        """The groups of channels."""
+        return self.operator.groups
+
+    @property
+    def rows(self) -> int:
+        """The channels of the result, by group."""
+        return self.operator.out_channels // self.groups
+
+    @property
+    def columns(self) -> int:
+        """The channels of the operand in blocks, by group."""
+        return self.operator.kernel.shape[1] * math.prod(self.operator.stride)
+
+    @functools.cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """The shape of the operand in blocks."""
+        sizes = zip(self.operator.size, self.operator.stride, strict=True)
+        return tuple(-(-n // s) for n, s in sizes)
+
+    @functools.cached_property
+    def wraps(self) -> bool:
+        """Whether the convolution itself is circular."""
+        op = self.operator
+        if op.padding_mode != "circular":
+            return False
+        sizes = zip(op.size, op.out_size, op.stride, strict=True)
+        return all(n == out * stride for n, out, stride in sizes)
+
+    @functools.cached_property
+    def exact(self) -> bool:
+        """Whether the convolution is the model's restriction to its own windows."""
+        return self.wraps or not any(map(any, self.operator.padding))
+
+    @functools.cached_property
+    def grid(self) -> tuple[int, ...]:
+        """The shape of the periodic grid."""
+        if self.wraps:
+            return self.blocks
+        op = self.operator
+        sizes = []
+        for blocks, out, s, (before, _), extent in zip(
+            self.blocks, op.out_size, op.stride, op.padding, op.extent, strict=True
+        ):
+            first, last = -before // s, (extent - 1 - before) // s
+            sizes.append(max(blocks, out + last) - min(0, first))
+        return tuple(sizes)
+
+    def matrices(self, frequencies: Tensor) -> Tensor:
+        """Return the operator at frequencies (F, dims): (G, F, rows, columns), complex128.
+
+        `z^(u) = sum_m K[m] exp(2 pi i u m) x^(u)` over the taps m: Eq. 12, where the flip of Eq. 10
+        and the padding on the left are the same shift of the result.
+        """
+        op = self.operator
+        taps = [range(k) for k in op.kernel.shape[2:]]
+        shifts, phases = [], []
+        for tap in itertools.product(*taps):
+            offsets = [
+                d * j - before
+                for d, j, (before, _) in zip(op.dilation, tap, op.padding, strict=True)
+            ]
+            shifts.append([m // s for m, s in zip(offsets, op.stride, strict=True)])
+            phase = 0
+            for m, s in zip(offsets, op.stride, strict=True):
+                phase = phase * s + m % s
+            phases.append(phase)
+        device = op.kernel.device
+        kernel = op.kernel.double().flatten(2).unflatten(0, (self.groups, self.rows))
+        shift = torch.tensor(shifts, dtype=torch.float64, device=device)
+        angle = 2 * math.pi * (frequencies.to(device) @ shift.T)
+        waves = torch.complex(angle.cos(), angle.sin())
+        stride = math.prod(op.stride)
+        phase_of = torch.tensor(phases, device=device)
+        parts = []
+        for phase in range(stride):
+            taps_of = (phase_of == phase).nonzero().flatten()
+            values = kernel[..., taps_of].to(waves.dtype)  # (G, rows, c, taps)
+            parts.append(torch.einsum("ft,goct->gfoc", waves[:, taps_of], values))
+        return torch.stack(parts, -1).flatten(-2)
+
+    def to_blocks(self, x: Tensor) -> Tensor:
+        """Return the operand in blocks: (N, C, *size) -> (N, G, columns, *blocks)."""
+        stride, n = self.operator.stride, x.shape[0]
+        if math.prod(stride) == 1:
+            return x.view(n, self.groups, -1, *x.shape[2:])
+        sizes = zip(self.blocks, stride, x.shape[2:], strict=True)
+        missing = [b * s - size for b, s, size in sizes]
+        x = F.pad(x, [p for gap in missing[::-1] for p in (0, gap)])
+        shape = [p for pair in zip(self.blocks, stride, strict=True) for p in pair]
+        x = x.reshape(n, self.groups, -1, *shape)
+        dims = len(stride)
+        order = [0, 1, 2, *range(4, 3 + 2 * dims, 2), *range(3, 3 + 2 * dims, 2)]
+        return x.permute(order).reshape(n, self.groups, self.columns, *self.blocks)
+
+    def from_blocks(self, x: Tensor) -> Tensor:
+        """Undo `to_blocks`; what lies beyond the image is dropped."""
+        stride, n = self.operator.stride, x.shape[0]
+        if math.prod(stride) > 1:
+            dims = len(stride)
+            x = x.reshape(n, self.groups, -1, *stride, *self.blocks)
+            order = [p for i in range(dims) for p in (3 + dims + i, 3 + i)]
+            x = x.permute(0, 1, 2, *order)
+            x = x.reshape(n, -1, *(b * s for b, s in zip(self.blocks, stride, strict=True)))
+            for dim, size in enumerate(self.operator.size, start=2):
+                x = x.narrow(dim, 0, size)
+            return x
+        return x.reshape(n, -1, *self.blocks)
+
+    def spectrum(self, frequencies: Tensor, rcond: float) -> Spectrum:
+        """Return the singular values in short.
+
+        Of large models, from a sample of the frequencies: the matrices of the largest Frobenius
+        norm, among which the largest singular value is, and as many spread evenly.
+
+        Args:
+            frequencies: All of the half spectrum.
+            rcond: Singular values up to this share of the largest count as zero.
+        """
+        rows, columns = self.rows, self.columns
+        work = self.groups * rows * columns * min(rows, columns)
+        few = min(256, max(16, _SAMPLED_WORK // work))
+        if len(frequencies) > few and len(frequencies) * work > _SAMPLED_WORK:
+            norms = torch.cat([m.abs().square().sum((0, 2, 3)) for m in self.chunks(frequencies)])
+            largest = torch.topk(norms, few // 2).indices.to(frequencies.device)
+            spread = torch.linspace(0, len(frequencies) - 1, few // 2, device=frequencies.device)
+            frequencies = frequencies[torch.cat([largest, spread.long()]).unique()]
+        values = [singular_values(matrices) for matrices in self.chunks(frequencies)]
+        top = max(float(v.amax()) for v in values)
+        bottom = min(float(v.amin()) for v in values)
+        return Spectrum(top, bottom, deficient=not bottom > rcond * top)
+
+    def chunks(self, frequencies: Tensor) -> Iterator[Tensor]:
+        """Yield the matrices at frequencies, a bounded number at a time."""
+        entries = self.groups * self.rows * self.columns
+        for part in frequencies.split(max(1, _CHUNK // entries)):
+            yield self.matrices(part)
