@@ -6,6 +6,7 @@ thread, and read as ratios within one run.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import time
@@ -199,13 +200,12 @@ def against_attacks(model: nn.Module, x: Tensor, y: Tensor) -> list[dict[str, An
             feature = front(x)
         margined = Margined(tail, y, tail(feature[:1]).shape[1])
         size = feature.flatten(1).norm(dim=1)
-        before = children[place - 1][0] if place else "input"
         methods = attacks(margined, feature, y)
-        for steps in (6, 12):
+        for steps in (4, 6, 12):
             policy = frfx.policy.joint(margin=MARGIN, steps=steps, unreached="ignore")
-            inverse = frfx.invert(model, before, policy=policy)
-            inverse.prepare.ready(x)
-            methods[f"joint, {steps} steps at most"] = lambda inverse=inverse: inverse(x, y)
+            inverse = frfx.invert(tail, "input", policy=policy)  # of the tail alone, as the others
+            inverse.prepare.ready(feature)
+            methods[f"joint, {steps} steps at most"] = functools.partial(inverse, feature, y)
         found = []
         for method, run in methods.items():
             with clocked() as clock:
@@ -259,7 +259,7 @@ def main(
     ),
     batch_size: Annotated[int, typer.Option(min=1)] = 1000,
     quick: Annotated[bool, typer.Option(help="Only some test images.")] = False,
-    skip_attacks: Annotated[bool, typer.Option(help="Only the table by layers.")] = False,
+    only: Annotated[str, typer.Option(help="layers or attacks; empty for both tables.")] = "",
 ) -> None:
     """Compare joint inversion with the layerwise policies, and with minimal-norm attacks."""
     torch.set_num_threads(1)
@@ -272,10 +272,11 @@ def main(
         model = models.load_model(f"paper:{network}", weights).eval()
     accuracy = frfx.accuracy(model, test.batches(1000))
     some = test.subset(min(500, len(test)), seed=0) if quick else test
-    layers = by_layer(model, some, min(batch_size, len(some)))
-    found = {"data": data_set, "accuracy": accuracy, "images": len(some), "layers": layers}
-    show(f"{network}: test accuracy {accuracy:.4f}, {len(some)} images", layers)
-    if not skip_attacks:
+    found: dict[str, Any] = {"data": data_set, "accuracy": accuracy, "images": len(some)}
+    if only in ("", "layers"):
+        found["layers"] = by_layer(model, some, min(batch_size, len(some)))
+        show(f"{network}: test accuracy {accuracy:.4f}, {len(some)} images", found["layers"])
+    if only in ("", "attacks"):
         x, y = next(iter(test.subset(min(1024, len(test)), seed=0).batches(1024)))
         with torch.no_grad():
             wrong = model(x).argmax(1) != y
