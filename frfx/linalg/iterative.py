@@ -102,7 +102,7 @@ class IterativeFactor(Factor):
                 tolerance=self.tolerance,
                 max_steps=self.max_steps,
             )
-            return rmv(solution) * unscale
+            return self._no_worse(rmv(solution), residual) * unscale
         solution, self.convergence = conjugate_gradients(
             lambda x: rmv(mv(x)) + self.shift * x,
             rmv(residual),
@@ -111,6 +111,18 @@ class IterativeFactor(Factor):
             max_steps=self.max_steps,
         )
         return solution * unscale
+
+    def _no_worse(self, deviation: Tensor, residual: Tensor) -> Tensor:
+        """Drop what is worse than no deviation.
+
+        A residual out of the operator's reach makes the dual solution as large as the shift is
+        small. The operator annihilates it, but not its rounding.
+        """
+        assert self.convergence is not None
+        left, steps, converged = self.convergence
+        worse = ~(_norm(residual - self.operator.mv(deviation)) <= _norm(residual))
+        self.convergence = Convergence(torch.where(worse, 1.0, left), steps, converged & ~worse)
+        return torch.where(_like(worse, deviation), 0.0, deviation)
 
     def _precondition(self, x: Tensor) -> Tensor:
         return x if self.preconditioner is None else self.preconditioner.solve(x)
