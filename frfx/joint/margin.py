@@ -39,15 +39,24 @@ class MarginConstraint:
         self.classes = classes
         self.largest: Tensor | None = None
 
+    def judge(self, output: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the logits (L, K) of some samples miss, and whether they count as winning."""
+        violation = (-self._surplus(output, rows).amin(1)).clamp(min=0)
+        return violation, violation <= self.slack
+
+    def _surplus(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Return by how much the label wins over every other class, beyond the margin."""
+        labels = self.labels[rows, None]
+        surplus = logits.gather(1, labels) - logits - self.margin
+        return surplus.scatter(1, labels, torch.inf)
+
     def linearise(self, feature: Tensor, rows: Tensor) -> MarginPoint:
         """Return the constraint at the features (L, ...) of some samples."""
         with torch.enable_grad():
             leaf = feature.detach().requires_grad_()
             logits = self.region(leaf, rows)
-        labels = self.labels[rows, None]
         values = logits.detach()
-        surplus = values.gather(1, labels) - values - self.margin
-        surplus = surplus.scatter(1, labels, torch.inf)
+        surplus = self._surplus(values, rows)
         violation = (-surplus.amin(1)).clamp(min=0)
         if self.largest is None:
             self.largest = surplus.new_zeros(len(self.labels))

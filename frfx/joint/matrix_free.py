@@ -32,6 +32,11 @@ class OutputConstraint:
         rounding = 16 * torch.finfo(output.dtype).eps * output.flatten(1).norm(dim=1)
         self.slack = (_MET * gap).maximum(rounding)
 
+    def judge(self, output: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how far the outputs (L, ...) of some samples are off, and whether that counts."""
+        violation = (self.target[rows] - output).flatten(1).norm(dim=1)
+        return violation, violation <= self.slack[rows]
+
     def linearise(self, feature: Tensor, rows: Tensor) -> OutputPoint:
         """Return the constraint at the features (L, ...) of some samples."""
         # The fused kernels of attention have no second derivative, which `Jacobian.mv` takes.

@@ -36,12 +36,19 @@ class Point(Protocol):
 class Constraint(Protocol):
     """What the output must meet."""
 
+    def judge(self, output: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the outputs (L, ...) of the samples `rows` miss, and whether they count."""
+
     def linearise(self, feature: Tensor, rows: Tensor) -> Point:
         """Return the constraint at the features (L, ...) of the samples `rows` (L,)."""
 
 
 def nearest_feature(
-    constraint: Constraint, feature: Tensor, steps: int, tolerance: float
+    constraint: Constraint,
+    feature: Tensor,
+    steps: int,
+    tolerance: float,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Report]:
     """Return the features nearest to the forward ones that meet a constraint.
 
@@ -59,6 +66,7 @@ def nearest_feature(
         feature: `a^`, shape (N, ...).
         steps: How many linearisations at most.
         tolerance: Relative change of `||a - a^||` that is not worth another step.
+        output: `g(a^)`, if it is known: what meets the constraint already then costs nothing.
 
     Returns:
         `a*`, and what became of every sample.
@@ -66,7 +74,12 @@ def nearest_feature(
     shape = feature.shape
     start = feature.detach().flatten(1)
     best = _Best(start)
-    live = _Live(start)
+    rows = torch.arange(len(start), device=start.device)
+    if output is not None:
+        violation, reached = constraint.judge(output, rows)
+        best.update(rows, start, torch.zeros_like(best.distance), violation, reached, 0)
+        rows = (~reached).nonzero()[:, 0]
+    live = _Live(start[rows], rows)
     size = start.norm(dim=1)
     size = torch.where(size > 0, size, torch.inf)
     for count in range(steps + 1):
@@ -156,9 +169,9 @@ class _Best:
 class _Live:
     """What is known of the samples still under way; every attribute has one entry a sample."""
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Tensor, rows: Tensor) -> None:
         count, device = len(start), start.device
-        self.rows = torch.arange(count, device=device)
+        self.rows = rows
         self.at, self.base = start, start
         self.step = torch.zeros_like(start)
         self.length = start.new_ones(count)

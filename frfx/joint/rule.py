@@ -65,6 +65,7 @@ class JointInversion(Inversion):
         assert self.op.module is not None
         module = self.raised(self.op.module, dtype)
         region = Region(module, tuple(_raised(value, dtype) for value in held), self.batch)
+        rounded = output.dtype != dtype  # then whether it reaches the target is not to be seen
         feature, output = feature.to(dtype), output.to(dtype)
         constraint: MarginConstraint | OutputConstraint
         if target.is_floating_point():
@@ -75,7 +76,10 @@ class JointInversion(Inversion):
         else:
             slack = _SLACK * options.margin
             constraint = MarginConstraint(region, target, options.margin, slack, options.classes)
-        found, self.report = nearest_feature(constraint, feature, options.steps, options.tolerance)
+        known = None if rounded else output
+        found, self.report = nearest_feature(
+            constraint, feature, options.steps, options.tolerance, known
+        )
         self._tell(self.report)
         return found
 
