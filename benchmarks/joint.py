@@ -6,6 +6,7 @@ thread, and read as ratios within one run.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import time
@@ -199,13 +200,12 @@ def against_attacks(model: nn.Module, x: Tensor, y: Tensor) -> list[dict[str, An
             feature = front(x)
         margined = Margined(tail, y, tail(feature[:1]).shape[1])
         size = feature.flatten(1).norm(dim=1)
-        before = children[place - 1][0] if place else "input"
         methods = attacks(margined, feature, y)
-        for steps in (6, 12):
+        for steps in (4, 6, 12):
             policy = frfx.policy.joint(margin=MARGIN, steps=steps, unreached="ignore")
-            inverse = frfx.invert(model, before, policy=policy)
-            inverse.prepare.ready(x)
-            methods[f"joint, {steps} steps at most"] = lambda inverse=inverse: inverse(x, y)
+            inverse = frfx.invert(tail, "input", policy=policy)  # of the tail alone, as the others
+            inverse.prepare.ready(feature)
+            methods[f"joint, {steps} steps at most"] = functools.partial(inverse, feature, y)
         found = []
         for method, run in methods.items():
             with clocked() as clock:
@@ -233,6 +233,55 @@ def against_attacks(model: nn.Module, x: Tensor, y: Tensor) -> list[dict[str, An
     return rows
 
 
+def of_large_networks() -> list[dict[str, Any]]:
+    """Invert ResNet-18 and ViT-B/16, random weights and 1,000 classes, on small images."""
+    import torchvision
+
+    torch.manual_seed(0)
+    resnet, images = torchvision.models.resnet18().eval(), torch.randn(32, 3, 64, 64)
+    depths = ["avgpool", "layer4", "layer3", "layer2", "layer1"]
+    rows = of_depths("ResNet-18", resnet, images, depths)
+    torch.manual_seed(0)
+    vit, images = torchvision.models.vit_b_16(image_size=32).eval(), torch.randn(16, 3, 32, 32)
+    nn.init.normal_(vit.heads.head.weight, std=0.02)  # torchvision's are zero
+    depths = [f"encoder.layers.encoder_layer_{i}" for i in (11, 8, 5, 1)]
+    return rows + of_depths("ViT-B/16", vit, images, depths)
+
+
+def of_depths(name: str, model: nn.Module, x: Tensor, depths: list[str]) -> list[dict[str, Any]]:
+    """Invert one network to several depths, towards random labels and towards the tenth class."""
+    with torch.no_grad():
+        logits = model(x)
+    step = training_step(model, x, logits.argmax(1))
+    generator = torch.Generator().manual_seed(0)
+    targets = {
+        "random label": torch.randint(0, logits.shape[1], (len(x),), generator=generator),
+        "tenth class": logits.topk(10).indices[:, 9],
+    }
+    rows = []
+    for target, labels in targets.items():
+        for depth in depths:
+            policy = frfx.policy.joint(margin=MARGIN, unreached="ignore")
+            inverse = frfx.invert(model, depth, policy=policy)
+            inverse.prepare.ready(x)
+            with clocked() as clock:
+                inverse(x, labels)
+            found = frfx.measure(inverse, x, labels)
+            (report,) = inverse.report.values()
+            rows.append(
+                {
+                    "network": name,
+                    "target": target,
+                    "layer": depth,
+                    "consistency": found.label_consistency,
+                    "deviation": found.relative_deviation,
+                    "time / training step": clock.seconds / step,
+                    "steps": float(report.steps.double().mean()),
+                }
+            )
+    return rows
+
+
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows as a table."""
     table = Table(*rows[0], title=title)
@@ -244,6 +293,31 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
             )
         )
     console.print(table)
+
+
+def on_data(
+    data_set: str, network: str, weights: Path | None, batch_size: int, quick: bool, only: str
+) -> dict[str, Any]:
+    """Return and print the tables for one of the paper's networks."""
+    test = data.load(data_set, split="test")
+    if weights is None:
+        train = data.load(data_set, split="train")
+        model = demo.train_baseline(network, train, test, console)
+    else:
+        model = models.load_model(f"paper:{network}", weights).eval()
+    accuracy = frfx.accuracy(model, test.batches(1000))
+    some = test.subset(min(500, len(test)), seed=0) if quick else test
+    found: dict[str, Any] = {"data": data_set, "accuracy": accuracy, "images": len(some)}
+    if only in ("", "layers"):
+        found["layers"] = by_layer(model, some, min(batch_size, len(some)))
+        show(f"{network}: test accuracy {accuracy:.4f}, {len(some)} images", found["layers"])
+    if only in ("", "attacks"):
+        x, y = next(iter(test.subset(min(1024, len(test)), seed=0).batches(1024)))
+        with torch.no_grad():
+            wrong = model(x).argmax(1) != y
+        found["attacks"] = against_attacks(model, x[wrong], y[wrong])
+        show(f"{int(wrong.sum())} misclassified of {len(x)} images", found["attacks"])
+    return found
 
 
 def main(
@@ -259,28 +333,18 @@ def main(
     ),
     batch_size: Annotated[int, typer.Option(min=1)] = 1000,
     quick: Annotated[bool, typer.Option(help="Only some test images.")] = False,
-    skip_attacks: Annotated[bool, typer.Option(help="Only the table by layers.")] = False,
+    only: Annotated[
+        str, typer.Option(help="layers, attacks or large; empty for the first two.")
+    ] = "",
 ) -> None:
     """Compare joint inversion with the layerwise policies, and with minimal-norm attacks."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    test = data.load(data_set, split="test")
-    if weights is None:
-        train = data.load(data_set, split="train")
-        model = demo.train_baseline(network, train, test, console)
+    if only == "large":
+        found: dict[str, Any] = {"large": of_large_networks()}
+        show("1,000 classes, random weights", found["large"])
     else:
-        model = models.load_model(f"paper:{network}", weights).eval()
-    accuracy = frfx.accuracy(model, test.batches(1000))
-    some = test.subset(min(500, len(test)), seed=0) if quick else test
-    layers = by_layer(model, some, min(batch_size, len(some)))
-    found = {"data": data_set, "accuracy": accuracy, "images": len(some), "layers": layers}
-    show(f"{network}: test accuracy {accuracy:.4f}, {len(some)} images", layers)
-    if not skip_attacks:
-        x, y = next(iter(test.subset(min(1024, len(test)), seed=0).batches(1024)))
-        with torch.no_grad():
-            wrong = model(x).argmax(1) != y
-        found["attacks"] = against_attacks(model, x[wrong], y[wrong])
-        show(f"{int(wrong.sum())} misclassified of {len(x)} images", found["attacks"])
+        found = on_data(data_set, network, weights, batch_size, quick, only)
     output.write_text(json.dumps(found, indent=2))
     console.print(f"figures: {output}")
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import networkx as nx
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from frfx.compiler.tail import Network, Tail
 from frfx.compiler.trace import Traced
+from frfx.compiler.view import evaluation_view
 from frfx.errors import LayerError, nearest
 from frfx.joint.options import JointOptions
 from frfx.joint.rule import REGION, JointRule
+from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op
 
 Joint = tuple[Op, JointRule, fx.Node, tuple[fx.Node, ...]]
@@ -76,7 +79,7 @@ def _region(network: Network, start: fx.Node, end: fx.Node, options: JointOption
         arguments={},
         module=module,
     )
-    return op, JointRule(options, traced.batch), end, (start, *held)
+    return op, JointRule(options, traced.batch, in_precision), end, (start, *held)
 
 
 def region_module(
@@ -109,6 +112,21 @@ def region_module(
     module = fx.GraphModule(root, graph, class_name="Region")
     module.add_module("model", traced.root)  # whole: GraphModule copies only what it needs
     return module, held
+
+
+def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return the module, or where it holds half types a view of it with these in another type."""
+
+    def low(tensors: nn.Module) -> list[Tensor]:
+        found = (*tensors.parameters(), *tensors.buffers())
+        return [t for t in found if t.is_floating_point() and solve_dtype(t.dtype) != t.dtype]
+
+    if not low(module):
+        return module
+    view = evaluation_view(module, own=low(module))
+    for tensor in low(view):
+        tensor.data = tensor.data.to(dtype)
+    return view
 
 
 def _needed(

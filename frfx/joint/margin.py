@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ violation that the sample has had: a step of that size may bring it there."""
 _FORGET = 0.3
 
 _ROW_MEMORY = 1 << 27
-"""How many numbers the rows of one group of samples may hold."""
+"""How many numbers the rows of the samples that are solved for together may hold."""
 
 
 class MarginConstraint:
@@ -104,56 +105,85 @@ class MarginPoint:
             gap = self._gap(self._logits, self._rows, self._rivals[:, 0])
             (first,) = torch.autograd.grad(gap.sum(), self._leaf)
         first = first.flatten(1)
-        # Samples that are not numbers, or touch every sample: no class is in the way of them.
         correction = torch.zeros_like(first)
-        for group, width in self._groups(first.shape[1]):
-            in_way = self._in_way[group, :width]
-            matrix = first.new_zeros(len(group), width + 1, first.shape[1], dtype=torch.float64)
-            matrix[:, 0] = first[group]
-            self._fill(matrix, group, in_way)
-            matrix[:, width] = cut[group]
-            back = (weight[group, None] * offset[group]).double()
-            surplus = self._surplus[group, :width]
-            # Where the slack is in use it stays so: to win it back may cost far more than it is.
-            surplus = torch.where(self.reached[group, None], surplus.clamp(min=0), surplus)
-            bound = torch.cat([-surplus, behind[group, None]], 1).double()
-            bound = bound - (matrix @ back[..., None])[..., 0]
-            active = torch.cat([in_way, use_cut[group, None]], 1)
-            multipliers = nearest_point_multipliers(matrix @ matrix.mT, bound, active)
-            found = (matrix.mT @ multipliers[..., None])[..., 0]
-            correction[group] = found.to(correction.dtype)
+        for part in self._parts(first.shape[1]):
+            others = self._other_rows(part)
+            for chosen, width in self._groups(part):
+                group = part[chosen]
+                in_way = self._in_way[group, :width]
+                matrix = first.new_zeros(len(group), width + 1, first.shape[1]).double()
+                matrix[:, 0] = first[group]
+                entry, place = in_way[:, 1:].nonzero(as_tuple=True)
+                matrix[entry, place + 1] = others.of(chosen).double()
+                matrix[:, width] = cut[group]
+                back = (weight[group, None] * offset[group]).double()
+                surplus = self._surplus[group, :width]
+                # What is missing within the slack may cost far more to win back than it is.
+                surplus = torch.where(self.reached[group, None], surplus.clamp(min=0), surplus)
+                bound = torch.cat([-surplus, behind[group, None]], 1).double()
+                bound = bound - (matrix @ back[..., None])[..., 0]
+                active = torch.cat([in_way, use_cut[group, None]], 1)
+                multipliers = nearest_point_multipliers(matrix @ matrix.mT, bound, active)
+                found = (matrix.mT @ multipliers[..., None])[..., 0]
+                correction[group] = found.to(correction.dtype)
         return correction
 
-    def _groups(self, size: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield samples with about as many classes in the way, and how many at most."""
+    def _parts(self, size: int) -> Iterator[Tensor]:
+        """Yield samples whose rows fit into memory together; those with no class in the way never.
+
+        Those are the samples that are not numbers.
+        """
         count = self._in_way.sum(1)
-        low, most = 0, int(count.max()) if len(count) else 0
+        index = count.nonzero()[:, 0]
+        widest = int(count.max()) + 1 if len(count) else 1
+        yield from (p for p in index.split(max(1, _ROW_MEMORY // (widest * size))) if len(p))
+
+    def _groups(self, part: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Yield which samples of a part have about as many classes in the way, and how many."""
+        count = self._in_way[part].sum(1)
+        low, most = 0, int(count.max())
         while low < most:
             high = max(2, 2 * low)
-            group = ((count > low) & (count <= high)).nonzero()[:, 0]
-            width = min(high, most)
-            for part in group.split(max(1, _ROW_MEMORY // ((width + 1) * size))):
-                if len(part):
-                    yield part, width
+            chosen = ((count > low) & (count <= high)).nonzero()[:, 0]
+            if len(chosen):
+                yield chosen, min(high, most)
             low = high
 
-    def _fill(self, matrix: Tensor, group: Tensor, in_way: Tensor) -> None:
-        """Write the rows of all rivals but the first: one sample and class an entry of a batch."""
-        entry, place = in_way[:, 1:].nonzero(as_tuple=True)
+    def _other_rows(self, part: Tensor) -> _Rows:
+        """Return the rows of all rivals but the first: one sample and class an entry of a batch."""
+        entry, place = self._in_way[part, 1:].nonzero(as_tuple=True)
         width = len(self._rows)
+        gradients = [self._leaf.new_zeros(0, self._leaf[0].numel())]
         for start in range(0, len(entry), width):
-            part, rank = entry[start : start + width], place[start : start + width] + 1
-            sample = group[part]
+            sample, rank = part[entry[start : start + width]], place[start : start + width] + 1
             rows = self._rows[sample]
             with torch.enable_grad():
                 leaf = self._leaf.detach()[sample].requires_grad_()
-                gap = self._gap(
-                    self._constraint.region(leaf, rows), rows, self._rivals[sample, rank]
-                )
+                logits = self._constraint.region(leaf, rows)
+                gap = self._gap(logits, rows, self._rivals[sample, rank])
                 (gradient,) = torch.autograd.grad(gap.sum(), leaf)
-            matrix[part, rank] = gradient.flatten(1).double()
+            gradients.append(gradient.flatten(1))
+        return _Rows(entry, torch.cat(gradients))
 
     def _gap(self, logits: Tensor, rows: Tensor, rivals: Tensor) -> Tensor:
         """Return `g_y - g_i` for one rival a row."""
         labels = self._constraint.labels[rows, None]
         return logits.gather(1, labels) - logits.gather(1, rivals[:, None])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of the Jacobian, one sample after the other.
+
+    Attributes:
+        sample: To which sample of the part a row belongs, ascending.
+        gradients: The rows.
+    """
+
+    sample: Tensor
+    gradients: Tensor
+
+    def of(self, chosen: Tensor) -> Tensor:
+        """Return the rows of some samples, given in ascending order."""
+        wanted = torch.isin(self.sample, chosen)
+        return self.gradients if bool(wanted.all()) else self.gradients[wanted]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 
 class Region:
@@ -16,17 +15,15 @@ class Region:
         module: Takes the feature and the held values, returns the output.
         held: Values of the whole batch, which the feature does not reach.
         batch: The only batch size that the module takes; None for all.
-        tensors: Parameters and buffers to compute with in the place of the module's own.
     """
 
     def __init__(
         self,
-        module: fx.GraphModule,
+        module: nn.Module,
         held: tuple[Tensor, ...],
         batch: int | None,
-        tensors: Mapping[str, Tensor],
     ) -> None:
-        self._module, self._held, self._batch, self._tensors = module, held, batch, dict(tensors)
+        self._module, self._held, self._batch = module, held, batch
 
     def __call__(self, feature: Tensor, rows: Tensor) -> Tensor:
         """Return the output for the features of some samples.
@@ -45,7 +42,4 @@ class Region:
         return torch.cat([self._run(*part) for part in parts])[:count]
 
     def _run(self, feature: Tensor, rows: Tensor) -> Tensor:
-        arguments = (feature, *(value[rows] for value in self._held))
-        if not self._tensors:
-            return self._module(*arguments)
-        return torch.func.functional_call(self._module, self._tensors, arguments)
+        return self._module(feature, *(value[rows] for value in self._held))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from frfx.errors import InputError, UnreachedError, UnreachedWarning
 from frfx.joint.margin import MarginConstraint
@@ -27,8 +28,6 @@ _SLACK = 1e-2
 REGION = define("region", "input, *_", [])
 """A part of the network that is inverted as one op; no program spells it."""
 
-_READS = ("call_module", "get_attr")
-
 
 class JointInversion(Inversion):
     """The feature nearest to the forward one from which a region of the network meets its target.
@@ -39,14 +38,17 @@ class JointInversion(Inversion):
         op: The region; its module takes the feature and what is held, returns the output.
         options: As `frfx.policy.joint` takes them.
         batch: The only batch size that the region takes; None for all.
+        raised: Takes the region's module and a type, returns one that computes in this type.
 
     Attributes:
         report: What became of every sample of the last call; None before the first.
     """
 
-    def __init__(self, op: Op, options: JointOptions, batch: int | None) -> None:
+    def __init__(
+        self, op: Op, options: JointOptions, batch: int | None, raised: Callable[..., nn.Module]
+    ) -> None:
         super().__init__()
-        self.op, self.options, self.batch = op, options, batch
+        self.op, self.options, self.batch, self.raised = op, options, batch, raised
         self.report: Report | None = None
         self.solver = f"SQP, {options.steps} steps at most"
 
@@ -60,12 +62,9 @@ class JointInversion(Inversion):
 
     def _solve(self, target: Tensor, output: Tensor, feature: Tensor, held: list[Tensor]) -> Tensor:
         options, dtype = self.options, solve_dtype(feature.dtype)
-        region = Region(
-            _module(self.op),
-            tuple(_raised(value, dtype) for value in held),
-            self.batch,
-            _tensors(_module(self.op), dtype),
-        )
+        assert self.op.module is not None
+        module = self.raised(self.op.module, dtype)
+        region = Region(module, tuple(_raised(value, dtype) for value in held), self.batch)
         feature, output = feature.to(dtype), output.to(dtype)
         constraint: MarginConstraint | OutputConstraint
         if target.is_floating_point():
@@ -105,22 +104,19 @@ class JointRule(Rule):
     Attributes:
         options: As `frfx.policy.joint` takes them.
         batch: The only batch size that the region takes; None for all.
+        raised: Takes the region's module and a type, returns one that computes in this type.
     """
 
     equation = "the minimal deviation principle (Sec. 3.2) for a whole region at once"
     options: JointOptions = field(default_factory=JointOptions)
     batch: int | None = None
+    raised: Callable[..., nn.Module] = field(default=lambda module, dtype: module)
 
     def build(self, op: Op) -> Inversion:
-        return JointInversion(op, self.options, self.batch)
+        return JointInversion(op, self.options, self.batch, self.raised)
 
     def __str__(self) -> str:
         return f"JointRule({self.options.constraint}, margin={self.options.margin:g})"
-
-
-def _module(op: Op) -> fx.GraphModule:
-    assert isinstance(op.module, fx.GraphModule)
-    return op.module
 
 
 def _check_batch(op: Op, output: Tensor, given: list[Tensor]) -> None:
@@ -141,18 +137,3 @@ def _ordinary(value: Tensor) -> Tensor:
 
 def _raised(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
-
-
-def _tensors(module: fx.GraphModule, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors that the region reads and that must be raised to the type it solves in."""
-    low = {
-        name: tensor
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-        if tensor.is_floating_point() and solve_dtype(tensor.dtype) != tensor.dtype
-    }
-    read = {f"{node.target}." for node in module.graph.nodes if node.op in _READS}
-    return {
-        name: tensor.detach().to(dtype)
-        for name, tensor in low.items()
-        if any(f"{name}.".startswith(path) for path in read)
-    }

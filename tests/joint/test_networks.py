@@ -220,9 +220,14 @@ def test_moved_to_double():
 def test_half_types_are_solved_in_single(dtype):
     model = fresh(Encoder)
     x, y = batch(model, 12)
-    inverse = frfx.invert(copy.deepcopy(model).to(dtype), "norm1", policy="joint")
+    model = copy.deepcopy(model).to(dtype)
+    seen = []  # what runs in single is a view: the model's own tensors stay as they are
+    model.up.register_forward_hook(lambda *_: seen.append(model.up.weight.dtype))
+    inverse = frfx.invert(model, "norm1", policy="joint")
     found = inverse(x.to(dtype), y)
     assert found.dtype == dtype
+    assert len(seen) > 2
+    assert set(seen) == {dtype}
     assert bool(inverse.report["norm1"].reached.all())
     assert inverse.report["norm1"].deviation.dtype == torch.float32
 

@@ -16,7 +16,10 @@ import frfx
 seeds = st.integers(0, 2**31)
 aten = torch.ops.aten
 
-pytestmark = pytest.mark.filterwarnings("ignore::frfx.ConditionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::frfx.ConditionWarning"),
+    pytest.mark.filterwarnings("ignore:.*nn.functional.upsample.* is deprecated:UserWarning"),
+]
 
 MODES = {
     1: ["nearest", "nearest-exact", "linear", "area"],
