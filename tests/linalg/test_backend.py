@@ -34,7 +34,7 @@ def test_an_unknown_backend_is_answered_with_the_known_ones():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cupy_without_a_device_or_without_cupy_says_which():
-    with pytest.raises(BackendError, match="needs CuPy: install|needs a CUDA device"):
+    with pytest.raises(BackendError, match=r"needs CuPy: install|needs a CUDA device"):
         get_backend("cupy")
 
 
