@@ -85,3 +85,10 @@ def bench_post_train(session: nox.Session) -> None:
     """Post-train by BP, by reconstructed targets and by held features, with paired tests."""
     install(session, "cli")
     session.run("python", "benchmarks/post_training.py", *session.posargs)
+
+
+@nox.session(name="bench-solvers")
+def bench_solvers(session: nox.Session) -> None:
+    """Measure the solvers beside their floors, and whole networks beside a training step."""
+    install(session, "cli")
+    session.run("python", "benchmarks/solvers.py", *session.posargs)

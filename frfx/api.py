@@ -14,7 +14,8 @@ from frfx.compiler.prepare import run_forward
 from frfx.compiler.tail import Layers, Network
 from frfx.compiler.trace import check_batch, trace
 from frfx.compiler.view import check_model, evaluation_view, mode_dependent
-from frfx.errors import BackendError, ModeWarning
+from frfx.errors import ModeWarning
+from frfx.linalg.backend import get_backend
 from frfx.policy import Policy, resolve
 
 
@@ -36,7 +37,8 @@ def invert(
             input), or the name of a node as torchvision's feature extraction spells it.
             `frfx.layers(model)` lists both.
         policy: ``"paper"``, ``"minimal"``, or a value of `frfx.policy`.
-        backend: What solves: ``"auto"`` or ``"torch"``, on the device of the model.
+        backend: What applies the solvers of convolutions: ``"torch"``, on the device of the model;
+            ``"cupy"``, on its GPU; ``"auto"`` is torch.
         example_input: A batch. Not needed, except for models that symbolic tracing cannot follow,
             or gets wrong, and `torch.export` can; if it is given, everything that depends on the
             image size is made ready at once.
@@ -53,7 +55,7 @@ def invert(
         PolicyError: If the policy names what does not exist.
     """
     check_model(model)
-    _check_backend(backend)
+    array_library = get_backend(backend)
     _warn_of_mode(model)
     chosen = resolve(policy)
     if example_input is not None:
@@ -72,7 +74,7 @@ def invert(
         backend=backend,
         example_input=example_input if traced.front_end == "torch.export" else None,
     )
-    inverse = Inverse(traced, plan, emit(traced, plan), recipe)
+    inverse = Inverse(traced, plan, emit(traced, plan, array_library), recipe)
     if example_input is not None:
         inverse.prepare.ready(example_input)
     return inverse
@@ -94,14 +96,6 @@ def layers(model: nn.Module, example_input: Tensor | None = None) -> Layers:
     """
     check_model(model)
     return Network(trace(evaluation_view(model), example_input)).layers()
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in ("auto", "torch"):
-        raise BackendError(
-            f"backend {backend!r} is not to be had: this version of frfx solves with torch, on the "
-            'CPU and on the GPU alike; use backend="auto" or "torch"'
-        )
 
 
 def _warn_of_mode(model: nn.Module) -> None:

@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from frfx.compiler.plan import Plan, Step
 from frfx.compiler.trace import Traced
-from frfx.rules.base import Inversion
+from frfx.linalg.backend import Backend
+from frfx.rules.base import AffineInversion, Inversion
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Emitted:
     cut: str
 
 
-def emit(traced: Traced, plan: Plan) -> Emitted:
-    """Write the reconstruction graph of a plan."""
+def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
+    """Write the reconstruction graph of a plan, whose solvers a backend applies."""
     graph = fx.Graph()
     inversions = nn.Module()
     x = graph.placeholder("x")
@@ -66,7 +67,10 @@ def emit(traced: Traced, plan: Plan) -> Emitted:
             if step.node is None
             else copies[step.node]
         )
-        path = f"inverse.{_add(inversions, step.op.name, step.rule.build(step.op))}"
+        inversion = step.rule.build(step.op)
+        if isinstance(inversion, AffineInversion):
+            inversion.backend = backend
+        path = f"inverse.{_add(inversions, step.op.name, inversion)}"
         result = graph.create_node(
             "call_module", path, (value, output, *inputs), name=f"{step.op.name}_inverse"
         )

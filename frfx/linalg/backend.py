@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from frfx.errors import BackendError
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ class Backend:
         raise NotImplementedError
 
     def on(self, tensor: Tensor) -> contextlib.AbstractContextManager[HandOver]:
-        """Return a context in which arrays of the tensor's device are computed with."""
+        """Return a context in which arrays of the tensor's device are computed with.
+
+        torch itself needs none.
+        """
         raise NotImplementedError
 
     def batch_last(self, x: Any) -> Any:
@@ -81,10 +86,6 @@ class TorchBackend(Backend):
     def constant(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def on(self, tensor: Tensor) -> contextlib.AbstractContextManager[HandOver]:
-        del tensor
-        return contextlib.nullcontext(_UNCHANGED)
-
     def batch_last(self, x: Tensor) -> Tensor:
         n, groups, channels, *size = x.shape
         if x.device.type != "cpu":
@@ -101,5 +102,77 @@ class TorchBackend(Backend):
         return rows.view(-1, x.shape[-1]).t().contiguous().view(x.shape[-1], *rows.shape[:-1])
 
 
-_UNCHANGED = HandOver(lambda tensor: tensor, lambda array: array)
 torch_backend = TorchBackend()
+
+
+class CupyBackend(Backend):
+    """CuPy, on the GPU and the current stream of the tensors, which it shares memory with.
+
+    Raises:
+        BackendError: If CuPy or a CUDA device is missing.
+    """
+
+    name = "cupy"
+
+    def __init__(self) -> None:
+        try:
+            import cupy
+        except ImportError as error:
+            raise BackendError(
+                'backend "cupy" needs CuPy: install frfx[cupy-cuda12x] or frfx[cupy-cuda13x], '
+                'whichever CUDA your driver has, or use backend="torch"'
+            ) from error
+        if not torch.cuda.is_available():
+            raise BackendError(
+                'backend "cupy" needs a CUDA device, and torch sees none: use backend="torch"'
+            )
+        self._cupy = cupy
+        self.namespace = Namespace(
+            reshape=cupy.reshape,
+            permute_dims=cupy.transpose,
+            concat=cupy.concatenate,
+            rfftn=cupy.fft.rfftn,
+            irfftn=cupy.fft.irfftn,
+        )
+
+    def constant(self, tensor: Tensor) -> Any:
+        if tensor.device.type != "cuda":
+            raise BackendError(
+                f'backend "cupy" computes on CUDA devices, and the weights are on {tensor.device}: '
+                'move the model, or use backend="torch"'
+            )
+        return self._cupy.from_dlpack(tensor.detach())
+
+    @contextlib.contextmanager
+    def on(self, tensor: Tensor) -> Iterator[HandOver]:
+        device = tensor.device.index
+        stream = torch.cuda.current_stream(tensor.device).cuda_stream
+        external = self._cupy.cuda.ExternalStream(stream, device)
+        with self._cupy.cuda.Device(device), external:
+            yield HandOver(
+                array=lambda tensor: self._cupy.from_dlpack(tensor.detach()),
+                tensor=torch.from_dlpack,
+            )
+
+    def batch_last(self, x: Any) -> Any:
+        return self._cupy.ascontiguousarray(x.transpose(1, *range(3, x.ndim), 2, 0))
+
+    def batch_first(self, x: Any) -> Any:
+        return x.transpose(x.ndim - 1, 0, x.ndim - 2, *range(1, x.ndim - 2))
+
+
+BACKENDS = ("auto", "torch", "cupy")
+
+
+def get_backend(name: str) -> Backend:
+    """Return a backend by name; ``"auto"`` is torch.
+
+    Raises:
+        BackendError: If there is no such backend, or it cannot be had here.
+    """
+    if name == "cupy":
+        return CupyBackend()
+    if name not in BACKENDS:
+        known = ", ".join(map(repr, BACKENDS))
+        raise BackendError(f"there is no backend {name!r}; there are {known}")
+    return torch_backend

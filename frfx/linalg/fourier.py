@@ -139,6 +139,10 @@ class FourierMap:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (N, G, c, *source) to (N, G, c', *result)."""
+        return self._apply(x) if self.backend is torch_backend else self._elsewhere(x)
+
+    @torch.compiler.disable
+    def _elsewhere(self, x: Tensor) -> Tensor:
         with self.backend.on(x) as to:
             return to.tensor(self._apply(to.array(x)))
 

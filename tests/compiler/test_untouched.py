@@ -115,7 +115,7 @@ ACTIONS: dict[str, Callable[[Cnn], None]] = {
     ),
     "unknown layer": fails(frfx.LayerError, upto_layer="steem"),
     "no such number": fails(frfx.LayerError, upto_layer=9),
-    "unknown backend": fails(frfx.BackendError, backend="cupy"),
+    "unknown backend": fails(frfx.BackendError, backend="jax"),
     "unknown policy": fails(frfx.PolicyError, policy="papre"),
     "bad example": fails(frfx.InputError, example_input=torch.zeros(2, 1, 6, 6)),
     "trace failure": fails_to_trace,

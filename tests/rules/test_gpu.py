@@ -99,3 +99,24 @@ def test_embeddings_equal_the_cpus(embed, margin):
     logits, labels = normal(0, 8, 10), torch.arange(8)
     found = embed(logits.cuda(), labels.cuda(), margin)
     torch.testing.assert_close(found.cpu(), embed(logits, labels, margin), rtol=0, atol=1e-13)
+
+
+def test_a_reconstruction_is_captured_in_a_cuda_graph():
+    """Once an input of the size has been seen, nothing waits for the device."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3), nn.Flatten()
+    )
+    model = model.cuda().eval().requires_grad_(False)
+    x = normal(0, 4, 3, 16, 16).float().cuda()
+    target = normal(1, *model(x).shape).float().cuda()
+    inverse = frfx.invert(model, 0, backend="torch")
+    expected = inverse(x, target)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        inverse(x, target)  # as torch asks: warm up on a side stream
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = inverse(x, target)
+    graph.replay()
+    assert relative(captured.cpu(), expected.cpu()) < 1e-5
