@@ -116,7 +116,42 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-def measure_layer(layer: Layer, device: torch.device, watch: Stopwatch) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Rates:
+    """What a GPU reaches: entries copied, in bytes read and written, and complex products.
+
+    Attributes:
+        bytes_per_ms: Of a large copy.
+        products_per_ms: Complex multiplications and additions of a large batch of matrices.
+    """
+
+    bytes_per_ms: float
+    products_per_ms: float
+
+    @classmethod
+    def measure(cls, device: torch.device, watch: Stopwatch) -> Rates | None:
+        """Return the rates of a GPU; None for a CPU, whose floor is made of transforms."""
+        if device.type != "cuda":
+            return None
+        source = torch.randn(1 << 28, device=device)
+        result = torch.empty_like(source)
+        a = torch.randn(64, 512, 512, dtype=torch.complex64, device=device)
+        found = watch({"copy": lambda: result.copy_(source), "product": lambda: torch.bmm(a, a)})
+        return cls(2 * source.nbytes / found["copy"], a.shape[0] * 512**3 / found["product"])
+
+    def floor(self, operator: Convolution, batch: int) -> float:
+        """Return the milliseconds that a layer's solve takes at least."""
+        model = Polyphase(operator)
+        half = math.prod(model.grid[:-1]) * (model.grid[-1] // 2 + 1)
+        matrices = model.groups * half * model.rows * model.columns
+        images = 2 * math.prod(operator.in_shape) + 2 * math.prod(operator.out_shape)
+        moved = 8 * matrices + 4 * batch * images
+        return max(moved / self.bytes_per_ms, batch * matrices / self.products_per_ms)
+
+
+def measure_layer(
+    layer: Layer, device: torch.device, watch: Stopwatch, rates: Rates | None
+) -> dict[str, Any]:
     """Return the row of one layer."""
     module = layer.module(device)
     operator = Convolution(
@@ -167,6 +202,7 @@ def measure_layer(layer: Layer, device: torch.device, watch: Stopwatch) -> dict[
         "to_floor": found["auto"] / sum_of_parts,
         "to_step": found["auto"] / found["step"],
         "once_to_floor": found["spectral"] / sum_of_parts if "spectral" in found else None,
+        "to_gpu_floor": found["auto"] / rates.floor(operator, layer.batch) if rates else None,
         "cupy_to_torch": found["cupy"] / found["auto"] if "cupy" in found else None,
         "literal_to_torch": (
             found["literal"] * layer.batch / samples / found["auto"] if samples else None
@@ -321,7 +357,8 @@ def main(
     for device in devices:
         watch = Stopwatch(device, seconds)
         chosen = [layer for layer in LAYERS if layer.quick or not quick]
-        rows = [measure_layer(layer, device, watch) for layer in chosen]
+        rates = Rates.measure(device, watch)
+        rows = [measure_layer(layer, device, watch, rates) for layer in chosen]
         show(f"Layers on {device}", rows)
         networks = [("paper:cifar10", 0, 256, layer, {}) for layer in (3, 2, 1, 0)]
         if not quick:

@@ -36,7 +36,7 @@ _WELL_CONDITIONED = 100.0
 
 _ILL_CONDITIONED_DAMPING = 1e-2
 """Damping where it is not. Undamped, the solution of the circular model of a padded convolution
-leaves a larger residual than no deviation at all (docs/design.md)."""
+leaves a larger residual than no deviation at all (docs/solvers.md)."""
 
 
 @dataclass(frozen=True)

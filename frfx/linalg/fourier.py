@@ -39,7 +39,7 @@ _LEAST_BATCH = 32
 
 _DFT_UP_TO = 16
 """Largest side of a grid on which transforms as matrix products beat fast ones (see
-docs/performance.md)."""
+docs/solvers.md)."""
 
 
 @dataclass(frozen=True)
