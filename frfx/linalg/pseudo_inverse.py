@@ -85,6 +85,11 @@ def default_rcond(dtype: torch.dtype, size: int) -> float:
     return torch.finfo(solve_dtype(dtype)).eps * size
 
 
+def effective_rcond(rcond: float, damping: float) -> float:
+    """Return the cutoff that is left beside damping: none where the damping says more."""
+    return -1.0 if damping > rcond**2 else rcond
+
+
 def nbytes(*tensors: Tensor) -> int:
     """Return the memory of tensors, in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -109,7 +114,7 @@ def pseudo_inverse(
         exact: Use singular value decompositions. Otherwise the Gram matrices of the short side,
             several times faster and exact for singular values above 1e-7 s: enough for weights
             that came in single precision.
-        rcond: Cutoff relative to s.
+        rcond: Cutoff relative to s; damping beyond its square takes its place.
         damping: Tikhonov's parameter relative to s^2.
         scale: s, if the batch is a part of an operator whose spectrum is known; what the second
             result says of the part may then be missing. None for the largest of the batch.
@@ -120,6 +125,7 @@ def pseudo_inverse(
         The inverses, shape (..., n, m), or (..., m, m) and (..., n, n) of a Gram matrix, and the
         singular values in short.
     """
+    rcond = effective_rcond(rcond, damping)
     rows, columns = matrices.shape[-2:]
     side = gram or ("rows" if rows <= columns else "columns")
     if exact and gram is None:
@@ -201,8 +207,11 @@ def _by_cholesky(
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
     triangle, failed = torch.linalg.cholesky_ex(shifted)
     inverse = torch.cholesky_inverse(triangle)
-    # |G^-1| <= |G^-1|_F, so 1 / |G^-1|_F is a lower bound of the smallest eigenvalue.
-    bound = 1 / torch.linalg.matrix_norm(inverse) - shift
+    # |G^-1| <= |G^-1|_F, so 1 / |G^-1|_F is a lower bound of the smallest eigenvalue: of the damped
+    # matrix, which has to be trusted, or of the matrix itself, which may have to be cut.
+    bound = 1 / torch.linalg.matrix_norm(inverse)
+    if rcond > 0:
+        bound = bound - shift
     floor = (max(rcond, _CHOLESKY_FLOOR) * scale) ** 2
     near = (failed != 0) | ~(bound > floor)
     parts = []
@@ -213,7 +222,7 @@ def _by_cholesky(
         return inverse.reshape(*batch, size, size), Spectrum(largest, math.nan, bool(near.any()))
     if not bool(near.all()):
         # The smallest eigenvalue lies in a matrix whose bound is within its size of the least.
-        bound = torch.where(near, float("inf"), bound + shift)
+        bound = torch.where(near, float("inf"), bound)
         candidates = inverse[bound <= bound.amin() * size**0.5]
         if len(candidates) > 64:
             candidates = inverse[torch.topk(bound, 64, largest=False).indices]

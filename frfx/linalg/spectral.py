@@ -12,7 +12,13 @@ from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.fourier import FourierMap, Grid
 from frfx.linalg.operators import Convolution, Transposed
 from frfx.linalg.polyphase import Polyphase
-from frfx.linalg.pseudo_inverse import Factor, default_rcond, pseudo_inverse, solve_dtype
+from frfx.linalg.pseudo_inverse import (
+    Factor,
+    default_rcond,
+    effective_rcond,
+    pseudo_inverse,
+    solve_dtype,
+)
 
 FACTOR_MEMORY = 1 << 29
 """Default bound, in bytes, on the factor of one convolution."""
@@ -67,7 +73,8 @@ class SpectralFactor(Factor):
         self._source_in_blocks = transposed if gram != "columns" else not transposed
         self._result_in_blocks = transposed if gram == "rows" else not transposed
         grid = Grid(model.grid, *sizes)
-        self.spectrum = model.spectrum(grid.frequencies("fft"), cutoff)
+        frequencies = grid.frequencies("fft")
+        self.spectrum = model.spectrum(frequencies, effective_rcond(cutoff, damping))
         self.map = FourierMap(
             self._inverse,
             grid,
