@@ -113,13 +113,10 @@ class FourierMap:
         self.grid, self.groups, self.rows, self.columns = grid, groups, rows, columns
         self.dtype, self.device, self.backend = dtype, device, backend
         self.form = form or choose_form(grid, groups, rows, columns)
-        whole = groups * rows * math.prod(grid.result) * columns * math.prod(grid.source)
-        if form is None and self.form == "matrix" and whole * dtype.itemsize > memory:
-            self.form = "dft"  # which can be made anew in chunks
+        if form is None and self._bytes_of(self.form) > memory:
+            self.form = "fft"  # the smallest, and it can be made anew in chunks
         self._matrices = matrices
-        width = 2 * dtype.itemsize * (2 if self.form == "dft" else 1)
-        count = groups * math.prod(grid.half(self.form))
-        self.streams = self.form != "matrix" and count * rows * columns * width > memory
+        self.streams = self.form != "matrix" and self._bytes_of(self.form) > memory
         self._tables: tuple[Any, ...] = ()
         self._kept: Any = None
         if self.form == "matrix":
@@ -129,6 +126,15 @@ class FourierMap:
                 self._tables = tuple(map(self._hand_over, _dft_tables(grid, dtype, device)))
             if not self.streams:
                 self._kept = self._hand_over(self._at(grid.frequencies(self.form)))
+
+    def _bytes_of(self, form: Form) -> int:
+        """Return the memory of a form's matrices, in bytes."""
+        grid = self.grid
+        if form == "matrix":
+            count, width = math.prod(grid.source) * math.prod(grid.result), 1
+        else:
+            count, width = math.prod(grid.half(form)), 4 if form == "dft" else 2
+        return self.groups * self.rows * self.columns * count * width * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:

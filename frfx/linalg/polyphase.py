@@ -92,10 +92,24 @@ class Polyphase:
         `z^(u) = sum_m K[m] exp(2 pi i u m) x^(u)` over the taps m: Eq. 12, where the flip of Eq. 10
         and the padding on the left are the same shift of the result.
         """
+        angle = self._angles(frequencies)
+        cosine, sine = angle.cos(), angle.sin()
+        kernel = self._by_tap
+        shape = (len(frequencies), self.groups, self.rows, -1)
+        parts = []
+        for phase in range(math.prod(self.operator.stride)):
+            taps = (self._taps[1] == phase).nonzero().flatten()
+            real, imaginary = cosine[:, taps] @ kernel[taps], sine[:, taps] @ kernel[taps]
+            parts.append(torch.complex(real, imaginary).view(shape))
+        values = parts[0] if len(parts) == 1 else torch.stack(parts, -1).flatten(-2)
+        return values.transpose(0, 1)
+
+    @functools.cached_property
+    def _taps(self) -> tuple[Tensor, Tensor]:
+        """The shift of every tap of the kernel in blocks, (T, dims), and its phase in one, (T,)."""
         op = self.operator
-        taps = [range(k) for k in op.kernel.shape[2:]]
         shifts, phases = [], []
-        for tap in itertools.product(*taps):
+        for tap in itertools.product(*map(range, op.kernel.shape[2:])):
             offsets = [
                 d * j - before
                 for d, j, (before, _) in zip(op.dilation, tap, op.padding, strict=True)
@@ -106,18 +120,26 @@ class Polyphase:
                 phase = phase * s + m % s
             phases.append(phase)
         device = op.kernel.device
-        kernel = op.kernel.double().flatten(2).unflatten(0, (self.groups, self.rows))
-        shift = torch.tensor(shifts, dtype=torch.float64, device=device)
-        angle = 2 * math.pi * (frequencies.to(device) @ shift.T)
-        waves = torch.complex(angle.cos(), angle.sin())
-        stride = math.prod(op.stride)
-        phase_of = torch.tensor(phases, device=device)
-        parts = []
-        for phase in range(stride):
-            taps_of = (phase_of == phase).nonzero().flatten()
-            values = kernel[..., taps_of].to(waves.dtype)  # (G, rows, c, taps)
-            parts.append(torch.einsum("ft,goct->gfoc", waves[:, taps_of], values))
-        return torch.stack(parts, -1).flatten(-2)
+        return (
+            torch.tensor(shifts, dtype=torch.float64, device=device),
+            torch.tensor(phases, device=device),
+        )
+
+    @functools.cached_property
+    def _by_tap(self) -> Tensor:
+        """The kernel as a matrix, a row a tap, in double."""
+        return self.operator.kernel.double().flatten(2).flatten(0, 1).T.contiguous()
+
+    def _angles(self, frequencies: Tensor) -> Tensor:
+        shifts, _ = self._taps
+        return 2 * math.pi * (frequencies.to(shifts.device) @ shifts.T)
+
+    def squared_norms(self, frequencies: Tensor) -> Tensor:
+        """Return the squared Frobenius norm of the operator at frequencies, shape (F,)."""
+        angle, phases = self._angles(frequencies), self._taps[1]
+        products = torch.where(phases[:, None] == phases, self._by_tap @ self._by_tap.T, 0)
+        cosine, sine = angle.cos(), angle.sin()
+        return ((cosine @ products) * cosine + (sine @ products) * sine).sum(1)
 
     def to_blocks(self, x: Tensor) -> Tensor:
         """Return the operand in blocks: (N, C, *size) -> (N, G, columns, *blocks)."""
@@ -159,9 +181,9 @@ class Polyphase:
         """
         rows, columns = self.rows, self.columns
         work = self.groups * rows * columns * min(rows, columns)
-        few = min(256, max(16, _SAMPLED_WORK // work))
+        few = min(256, max(8, _SAMPLED_WORK // work))
         if len(frequencies) > few and len(frequencies) * work > _SAMPLED_WORK:
-            norms = torch.cat([m.abs().square().sum((0, 2, 3)) for m in self.chunks(frequencies)])
+            norms = self.squared_norms(frequencies)
             largest = torch.topk(norms, few // 2).indices.to(frequencies.device)
             spread = torch.linspace(0, len(frequencies) - 1, few // 2, device=frequencies.device)
             frequencies = frequencies[torch.cat([largest, spread.long()]).unique()]
