@@ -36,7 +36,9 @@ def linear_tail(
 def test_linear_tails_equal_a_qp_solver(seed, size, classes, gap):
     model, x = linear_tail(seed, size, classes), normal(seed + 2, 5, size)
     y = torch.arange(5) % classes
-    policy = frfx.policy.joint(margin=gap, classes=classes, unreached="ignore")
+    policy = frfx.policy.joint(
+        margin=gap, classes=classes, steps=60, tolerance=1e-9, unreached="ignore"
+    )
     inverse = frfx.invert(model, 0, policy=policy)
     found = inverse(x, y)
     report = inverse.report["input"]
