@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_RIDGE = 1e-11
+_RIDGE = 1e-10
 """Softness of the constraints, relative to their scaled Gram matrix: it gives inconsistent ones a
 solution, and dependent ones a single one."""
 

@@ -40,9 +40,9 @@ class MarginConstraint:
         self.largest: Tensor | None = None
 
     def judge(self, output: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the logits (L, K) of some samples miss, and whether they count as winning."""
+        """Return what the logits (L, K) of some samples miss, and whether that is nothing."""
         violation = (-self._surplus(output, rows).amin(1)).clamp(min=0)
-        return violation, violation <= self.slack
+        return violation, violation == 0
 
     def _surplus(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Return by how much the label wins over every other class, beyond the margin."""

@@ -16,6 +16,9 @@ _MET = 1e-3
 _ITERATIONS = 100
 """Bound on the iterations of one linear solve; the next linearisation takes up what is left."""
 
+_NOISE = 100.0
+"""How many units of rounding of `||J|| ||r||` the computed `J^T r` may be off."""
+
 
 class OutputConstraint:
     """The output of every sample equals a target.
@@ -128,17 +131,24 @@ def least_squares(
         Hestenes and Stiefel (1952); Bjorck, Numerical Methods for Least Squares Problems, 7.4.1.
     """
     tolerance = 0.1 * torch.finfo(right.dtype).eps ** 0.5
+    # What is left of J^T r below this is rounding; a direction made of it leads anywhere.
+    probe = torch.arange(1, right.shape[1] + 1, device=right.device, dtype=right.dtype)
+    probe = torch.cos(1.618 * probe.square()).expand_as(right)
+    noise = (_NOISE * torch.finfo(right.dtype).eps) ** 2
+    scale = _squares(rmv(probe)) / _squares(probe)  # of J^T J: the largest ratio met so far
     residual, gradient = right, rmv(right)
     direction, solution = gradient, torch.zeros_like(gradient)
     size = _squares(gradient)
     goal = tolerance**2 * size
     least = tolerance**2 * _squares(right)
     for _ in range(min(_ITERATIONS, 2 * min(right.shape[1], gradient.shape[1]) + 2)):
-        active = (size > goal) & (_squares(residual) > least)
+        left = _squares(residual)
+        active = (size > goal) & (left > least) & (size > noise * scale * left)
         if not bool(active.any()):  # synchronises
             break
         image = mv(direction)
         curvature = _squares(image)
+        scale = scale.maximum(torch.where(active, curvature / _squares(direction), 0))
         active &= curvature > 0
         length = torch.where(active, size / torch.where(active, curvature, 1), 0)[:, None]
         solution = solution + length * direction

@@ -37,7 +37,7 @@ class Constraint(Protocol):
     """What the output must meet."""
 
     def judge(self, output: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the outputs (L, ...) of the samples `rows` miss, and whether they count."""
+        """Return what the outputs (L, ...) of the samples `rows` miss, and whether it is none."""
 
     def linearise(self, feature: Tensor, rows: Tensor) -> Point:
         """Return the constraint at the features (L, ...) of the samples `rows` (L,)."""
@@ -87,6 +87,8 @@ def nearest_feature(
             break
         rows, at = live.rows, live.at
         point = constraint.linearise(at.reshape(-1, *shape[1:]), rows)
+        if count == 0:  # the slack is for what a step has missed by, not for what needs none
+            point.reached = point.reached & (point.violation <= 0)
         violation, reached = point.violation, point.reached
         offset = start[rows] - at
         distance = offset.norm(dim=1)
@@ -137,6 +139,7 @@ class _Best:
 
     def __init__(self, start: Tensor) -> None:
         count = len(start)
+        self._rounding = 64 * torch.finfo(start.dtype).eps  # what moves nothing nearer
         self.at = start.clone()
         self.distance = start.new_zeros(count)
         self.violation = start.new_full((count,), torch.inf)
@@ -155,7 +158,7 @@ class _Best:
         """Take over what is better; return by which share reached samples have come nearer."""
         had = self.reached[rows]
         gain = torch.where(had, 1 - distance / self.distance[rows], torch.inf)
-        less = ~had & (violation < self.violation[rows])
+        less = ~had & (violation < (1 - self._rounding) * self.violation[rows])
         better = torch.where(reached, ~had | (gain > 0), less)
         chosen = rows[better]
         self.at[chosen] = at[better]

@@ -88,7 +88,8 @@ class SpectralFactor(Factor):
         )
 
     def _inverse(self, frequencies: Tensor) -> Tensor:
-        matrices = self.model.matrices(frequencies)
+        scale = self.spectrum.largest or 1.0
+        matrices = self.model.matrices(frequencies) / scale  # whose squares are within the range
         if self._damping >= _SINGLE_DAMPING and self.dtype == torch.float32:
             matrices = matrices.to(torch.complex64)
         inverse, _ = pseudo_inverse(
@@ -96,10 +97,10 @@ class SpectralFactor(Factor):
             exact=self.dtype == torch.float64,
             rcond=self._cutoff,
             damping=self._damping,
-            scale=self.spectrum.largest,
+            scale=1.0,
             gram=self._gram,
         )
-        return inverse
+        return inverse / (scale if self._gram is None else scale**2)
 
     def solve(self, residual: Tensor) -> Tensor:
         """Map residuals (N, *out_shape) to deviations (N, *in_shape)."""

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import normal, relative
 
-from frfx.linalg.pseudo_inverse import default_rcond, pseudo_inverse, solve_dtype
+from frfx.linalg.pseudo_inverse import (
+    Spectrum,
+    default_rcond,
+    largest_singular_value,
+    pseudo_inverse,
+    singular_values,
+    solve_dtype,
+)
 
 seeds = st.integers(0, 2**31)
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))
@@ -144,3 +151,79 @@ def test_scale_does_not_matter(exact, scale, seed, shape):
 def test_half_types_are_solved_in_single(dtype, solved):
     assert solve_dtype(dtype) == solved
     assert default_rcond(dtype, 7) == pytest.approx(7 * np.finfo(str(solved)[6:]).eps)
+
+
+# Large matrices, by Cholesky where they are conditioned well enough.
+
+
+def conditioned(seed, m, n, *conditions, complex=False):
+    """Return one matrix a condition number, of the largest singular value 1, 2, 3, ..."""
+    values = matrices(seed, len(conditions), m, n, complex=complex)
+    left, _, right = torch.linalg.svd(values, full_matrices=False)
+    count = min(m, n)
+    spread = [
+        (i + 1) * torch.logspace(0, -math.log10(c), count, dtype=torch.float64)
+        for i, c in enumerate(conditions)
+    ]
+    return left @ (torch.stack(spread).to(values.dtype)[..., None] * right)
+
+
+@pytest.mark.parametrize("complex", [False, True])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (30, 30)])
+@pytest.mark.parametrize("conditions", [(2, 10, 50), (5, 1e5, 20)], ids=["well", "one is not"])
+def test_large_matrices(conditions, shape, complex):
+    given = conditioned(0, *shape, *conditions, complex=complex)
+    inverse, spectrum = pseudo_inverse(given, exact=False, rcond=1e-9)
+    assert relative(as_real(inverse), as_real(torch.linalg.pinv(given))) < 1e-5
+    singular = torch.linalg.svdvals(given)
+    assert spectrum.largest == pytest.approx(float(singular.max()), rel=0.05)
+    assert spectrum.smallest == pytest.approx(float(singular.min()), rel=0.05)
+    assert not spectrum.deficient
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-2, 1.0])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_large_damped_matrices(shape, damping):
+    given = conditioned(0, *shape, 3, 1e4)
+    scale = float(torch.linalg.svdvals(given).max())
+    inverse, _ = pseudo_inverse(given, exact=False, rcond=1e-12, damping=damping, scale=scale)
+    gram = given.mT @ given + damping * scale**2 * torch.eye(shape[1]).double()
+    assert relative(inverse, torch.linalg.solve(gram, given.mT)) < 1e-8
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (40, 30)])
+def test_large_deficient_matrices(shape):
+    given = conditioned(0, *shape, 4, 4)
+    left, singular, right = torch.linalg.svd(given[1], full_matrices=False)
+    given[1] = (left[:, :10] * singular[:10]) @ right[:10]
+    inverse, spectrum = pseudo_inverse(given, exact=False, rcond=1e-6)
+    assert relative(inverse, torch.linalg.pinv(given, rtol=1e-6)) < 1e-8
+    assert spectrum.deficient
+
+
+@pytest.mark.parametrize("size", [3, 30])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("gram", ["rows", "columns"])
+@pytest.mark.parametrize("shape", [(1.0, 1.5), (1.5, 1.0)])
+def test_inverse_gram_matrices(shape, gram, exact, size):
+    m, n = (int(size * share) for share in shape)
+    given = conditioned(0, m, n, 3, 100, complex=True)
+    inverse, _ = pseudo_inverse(given, exact=exact, rcond=-1.0, damping=1e-2, scale=2.0, gram=gram)
+    product = given @ given.mH if gram == "rows" else given.mH @ given
+    expected = torch.linalg.inv(product + 0.04 * torch.eye(product.shape[-1]).double())
+    assert relative(as_real(inverse), as_real(expected)) < 1e-9
+
+
+@given(seed=seeds, shape=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_singular_values(seed, shape):
+    given = conditioned(seed, *shape, 2, 30, complex=True)
+    expected = np.linalg.svd(given.numpy(), compute_uv=False)
+    np.testing.assert_allclose(np.sort(singular_values(given).numpy())[:, ::-1], expected, 1e-8)
+    assert largest_singular_value(given) == pytest.approx(expected.max(), rel=0.05)
+
+
+def test_the_spectrum_of_parts():
+    parts = [Spectrum(2.0, 0.5, deficient=False), Spectrum(3.0, 1.0, deficient=True)]
+    assert Spectrum.union(parts) == Spectrum(3.0, 0.5, deficient=True)
+    assert Spectrum(3.0, 0.5, deficient=False).condition == 6
+    assert Spectrum(3.0, 0.0, deficient=True).condition == math.inf

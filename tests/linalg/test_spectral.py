@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from geometries import convolutions, matrix_of, model_matrix, plain_sum
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracles import circulant, damped_least_squares, normal, pad_left, paper_convolution, relative
 
-from frfx.linalg import Convolution, Spectral
+from frfx.linalg import Convolution, Spectral, Transposed, fourier, polyphase
+from frfx.linalg.polyphase import Polyphase
+from frfx.linalg.spectral import SpectralFactor
 
 seeds = st.integers(0, 2**31)
 
@@ -124,3 +130,230 @@ def test_half_kernels_are_solved_in_single(dtype):
     matrix = circulant(kernel.double().numpy(), (6, 7))
     padded = pad_left(residual.double().numpy(), (6, 7)).reshape(2, -1)
     assert relative(found, padded @ np.linalg.pinv(matrix).T) < 1e-6
+
+
+# Any stride, dilation, groups and padding: against the dense model on the grid.
+
+
+def by_model(operator, residual, solve):
+    """Solve with the dense circular model: embed in its grid, solve, and cut out.
+
+    Args:
+        operator: A convolution or its transpose.
+        residual: What is solved for, shape (N, *out_shape).
+        solve: Takes the model's matrix and the columns of right-hand sides.
+    """
+    transposed = isinstance(operator, Transposed)
+    conv = operator.of if transposed else operator
+    grid = Polyphase(conv).grid
+    image = [g * s for g, s in zip(grid, conv.stride, strict=True)]
+    matrix = model_matrix(conv, grid)
+    if transposed:
+        matrix, around, within = matrix.T, image, [conv.out_channels, *grid]
+    else:
+        around, within = grid, [conv.in_channels, *image]
+    gaps = zip(around, residual.shape[2:], strict=True)
+    embedded = np.pad(residual.numpy(), [(0, 0), (0, 0), *((0, n - m) for n, m in gaps)])
+    solved = solve(matrix, embedded.reshape(len(residual), -1).T)
+    corner = tuple(slice(n) for n in operator.in_shape[1:])
+    return solved.T.reshape(len(residual), *within)[(..., *corner)]
+
+
+def well_conditioned(matrix, most=1e6):
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    return singular[-1] * most > singular[0]
+
+
+either_way = st.sampled_from([lambda operator: operator, Transposed])
+
+
+def unknowns(operator):
+    """Return how many entries the model's operand has."""
+    blocks = zip(Polyphase(operator).grid, operator.stride, strict=True)
+    return operator.in_channels * math.prod(g * s for g, s in blocks)
+
+
+zeros = convolutions(modes=["zeros"], dominant=2.0).filter(lambda drawn: unknowns(drawn) <= 150)
+
+
+@given(drawn=zeros, way=either_way, seed=seeds)
+def test_equals_the_pseudo_inverse_of_the_model(drawn, way, seed):
+    operator = way(drawn)
+    assume(well_conditioned(model_matrix(drawn, Polyphase(drawn).grid)))
+    residual = normal(seed, 2, *operator.out_shape)
+    found = Spectral().prepare(operator).solve(residual)
+    expected = by_model(operator, residual, lambda a, b: np.linalg.pinv(a) @ b)
+    assert found.shape == (2, *operator.in_shape)
+    assert relative(found, expected) < 1e-9
+
+
+@given(drawn=zeros, way=either_way, seed=seeds, damping=st.floats(1e-3, 1))
+def test_damping_of_the_model(drawn, way, seed, damping):
+    operator = way(drawn)
+    residual = normal(seed, 2, *operator.out_shape)
+    found = Spectral(damping=damping).prepare(operator).solve(residual)
+    expected = by_model(operator, residual, lambda a, b: damped_least_squares(a, b, damping))
+    assert relative(found, expected) < 1e-9
+
+
+@given(drawn=zeros, way=either_way, seed=seeds, rcond=st.sampled_from([0.2, 0.5]))
+def test_cutoff_of_the_model(drawn, way, seed, rcond):
+    operator = way(drawn)
+    singular = np.linalg.svd(model_matrix(drawn, Polyphase(drawn).grid), compute_uv=False)
+    assume(np.abs(singular / singular.max() - rcond).min() > 1e-9)
+    residual = normal(seed, 2, *operator.out_shape)
+    factor = Spectral(rcond=rcond).prepare(operator)
+    expected = by_model(operator, residual, lambda a, b: np.linalg.pinv(a, rcond=rcond) @ b)
+    assert relative(factor.solve(residual), expected) < 1e-9
+    assert factor.spectrum.deficient == (singular.min() <= rcond * singular.max())
+
+
+@given(operator=convolutions(padded=False, dominant=2.0), seed=seeds)
+def test_wide_convolutions_without_padding_leave_no_residual(operator, seed):
+    model = Polyphase(operator)
+    assert model.exact
+    assume(model.rows <= model.columns)
+    assume(well_conditioned(model_matrix(operator, model.grid)))
+    residual = normal(seed, 2, *operator.out_shape)
+    found = Spectral().prepare(operator).solve(residual)
+    assert relative(plain_sum(operator, found.numpy()), residual) < 1e-8
+
+
+@given(operator=convolutions(modes=["circular"], padded=True, dominant=2.0), seed=seeds)
+def test_circular_padding_that_keeps_the_size_is_the_model_itself(operator, seed):
+    sizes = zip(operator.size, operator.stride, operator.extent, strict=True)
+    assume(all(n % s == 0 and e - 1 <= n for n, s, e in sizes))
+    # Padding by the reach in all, so that every place of the stride has its window.
+    reach = [e - 1 for e in operator.extent]
+    assume(all(r <= n for r, n in zip(reach, operator.size, strict=True)))
+    operator = replace(operator, padding=tuple((r // 2, r - r // 2) for r in reach))
+    assert Polyphase(operator).wraps
+    matrix = matrix_of(operator)
+    assume(well_conditioned(matrix))
+    residual = normal(seed, 2, *operator.out_shape)
+    factor = Spectral().prepare(operator)
+    expected = residual.flatten(1).numpy() @ np.linalg.pinv(matrix).T
+    assert relative(factor.solve(residual), expected) < 1e-9
+    assert factor.spectrum.condition == pytest.approx(np.linalg.cond(matrix), rel=1e-6)
+
+
+@given(operator=convolutions(modes=["zeros"]))
+def test_the_grid_is_the_smallest_on_which_no_window_wraps(operator):
+    """On the grid, windows of the image read no place twice; on a smaller one, some would."""
+    for n, out, s, d, k, (before, _), grid in zip(
+        operator.size,
+        operator.out_size,
+        operator.stride,
+        operator.dilation,
+        operator.kernel.shape[2:],
+        operator.padding,
+        Polyphase(operator).grid,
+        strict=True,
+    ):
+        read = [p * s + d * j - before for p in range(out) for j in range(k)]
+        blocks = {place // s for place in [*read, 0, n - 1]}
+        assert grid == max(blocks) - min(blocks) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
+@given(drawn=zeros, way=either_way, seed=seeds)
+def test_a_bound_on_the_memory_changes_nothing_else(damping, dtype, drawn, way, seed):
+    operator = way(drawn).to(dtype)
+    residual = normal(seed, 2, *operator.out_shape, dtype=dtype)
+    kept = Spectral(damping=damping).prepare(operator)
+    streamed = Spectral(damping=damping, memory=0).prepare(operator)
+    assume(kept.spectrum.condition < 100 or damping)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    assert streamed.map.streams
+    assert relative(streamed.solve(residual), kept.solve(residual)) < tolerance
+    assert streamed.spectrum.condition == pytest.approx(kept.spectrum.condition, rel=1e-3)
+    assert streamed.spectrum.deficient == kept.spectrum.deficient
+
+
+def test_a_bound_on_the_memory_holds():
+    operator = Convolution(normal(0, 32, 32, 3, 3, dtype=torch.float32), (24, 24))
+    kept, streamed = Spectral().prepare(operator), Spectral(memory=1 << 16).prepare(operator)
+    assert kept.nbytes == 24 * 13 * 32 * 32 * 8
+    assert streamed.nbytes <= 1 << 16
+
+
+@pytest.mark.parametrize("memory", [1 << 29, 0], ids=["kept", "streamed"])
+@given(drawn=zeros, seed=seeds, rcond=st.sampled_from([None, 0.5]))
+def test_chunks_of_frequencies_share_their_cutoff(memory, drawn, seed, rcond):
+    residual = normal(seed, 2, *drawn.out_shape)
+    singular = np.linalg.svd(model_matrix(drawn, Polyphase(drawn).grid), compute_uv=False)
+    assume(np.abs(singular / singular.max() - (rcond or 1e-12)).min() > 1e-9)
+    whole = Spectral(rcond=rcond).prepare(drawn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(polyphase, "_CHUNK", 40)
+        patch.setattr(fourier, "_CHUNK", 40)
+        chunked = Spectral(rcond=rcond, memory=memory).prepare(drawn)
+        found = chunked.solve(residual)
+    assert relative(found, whole.solve(residual)) < 1e-9
+    assert chunked.spectrum.condition == pytest.approx(whole.spectrum.condition, rel=1e-6)
+    assert chunked.spectrum.deficient == whole.spectrum.deficient
+
+
+@pytest.mark.parametrize("gram", ["rows", "columns"])
+@given(drawn=zeros, way=either_way, seed=seeds, damping=st.floats(1e-3, 1))
+def test_inverse_gram_matrices(gram, drawn, way, seed, damping):
+    """What preconditions: `(A A^T + damping s^2)^-1` of the model, or of its transpose's."""
+    operator = way(drawn)
+    factor = SpectralFactor(operator, cutoff=-1.0, damping=damping, gram=gram)
+    side = operator.out_shape if gram == "rows" else operator.in_shape
+    given_vector = normal(seed, 2, *side)
+    matrix = model_matrix(drawn, Polyphase(drawn).grid)
+    matrix = matrix.T if isinstance(operator, Transposed) else matrix
+    product = matrix @ matrix.T if gram == "rows" else matrix.T @ matrix
+    shift = damping * np.linalg.norm(matrix, 2) ** 2
+    inverse = np.linalg.inv(product + shift * np.eye(len(product)))
+    image = (gram == "rows") == isinstance(operator, Transposed)
+    grid = Polyphase(drawn).grid
+    around = [g * s for g, s in zip(grid, drawn.stride, strict=True)] if image else grid
+    gaps = zip(around, side[1:], strict=True)
+    embedded = np.pad(given_vector.numpy(), [(0, 0), (0, 0), *((0, n - m) for n, m in gaps)])
+    solved = (embedded.reshape(2, -1) @ inverse).reshape(embedded.shape)
+    expected = solved[(..., *(slice(n) for n in side[1:]))]
+    assert relative(factor.solve(given_vector), expected) < 1e-9
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_scale_does_not_matter(scale, damping):
+    """In single precision too, whose range the Gram matrices of such kernels leave."""
+    kernel = 0.3 * normal(0, 2, 3, 3)
+    kernel[..., 1] += 3 * torch.eye(2, 3)
+    plain = Spectral(damping=damping).prepare(Convolution(kernel.float(), (7,)))
+    scaled = Spectral(damping=damping).prepare(Convolution((kernel * scale).float(), (7,)))
+    residual = normal(1, 2, 2, 5)
+    found = scaled.solve((residual * scale).float())
+    assert relative(found, plain.solve(residual.float())) < 1e-5
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2])
+def test_damping_in_single_precision(damping):
+    kernel = normal(0, 4, 4, 3, 3).float()
+    operator = Convolution(kernel, (7, 8))
+    residual = normal(1, 2, 4, 5, 6).float()
+    found = Spectral(damping=damping).prepare(operator).solve(residual)
+    doubled = operator.to(torch.float64)
+    expected = by_model(
+        doubled, residual.double(), lambda a, b: damped_least_squares(a, b, damping)
+    )
+    assert relative(found, expected) < 1e-3
+
+
+def test_the_spectrum_of_a_large_model_is_estimated_closely():
+    """From a sample of its frequencies, against those of all of them."""
+    kernel = normal(0, 8, 8, 3, 3) / 8
+    operator = Convolution(kernel, (40, 40))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(polyphase, "_SAMPLED_WORK", 1 << 16)
+        spectrum = Spectral().prepare(operator).spectrum
+    flipped = np.zeros((8, 8, 40, 40))
+    flipped[..., :3, :3] = kernel.numpy()
+    singular = np.linalg.svd(np.moveaxis(np.fft.fft2(flipped), (0, 1), (-2, -1)), compute_uv=False)
+    assert spectrum.largest == pytest.approx(singular.max(), rel=0.05)
+    assert singular.min() <= spectrum.smallest * (1 + 1e-9)
+    assert spectrum.smallest <= np.quantile(singular, 0.05)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from geometries import convolutions
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracles import (
     circulant,
     damped_least_squares,
     invert,
+    jacobian,
+    minimal_affine_preimage,
     normal,
     pad_left,
     paper_convolution,
@@ -222,3 +227,329 @@ def test_paddings_that_pad_nothing(layer):
     x = normal(2, 2, 3, 5, 6)
     target = layer(x) + normal(3, 2, 2, *layer(x).shape[2:])
     assert relative(reconstruct(layer, x, target), by_the_paper(layer, x, target)) < 1e-10
+
+
+# Any geometry: the Jacobian's pseudo-inverse, where the solver is not the paper's.
+
+
+def module_of(operator, bias=True):
+    """Return torch's module for a drawn convolution of symmetric padding."""
+    layer = CONV[len(operator.size)](
+        operator.in_channels,
+        operator.out_channels,
+        operator.kernel.shape[2:],
+        stride=operator.stride,
+        padding=tuple(before for before, _ in operator.padding),
+        dilation=operator.dilation,
+        groups=operator.groups,
+        padding_mode=operator.padding_mode,
+        bias=bias,
+        dtype=operator.kernel.dtype,
+    ).requires_grad_(False)
+    layer.weight.copy_(operator.kernel)
+    if bias:
+        layer.bias.copy_(normal(1, operator.out_channels))
+    return layer
+
+
+def with_target(layer, operator, seed):
+    x = normal(seed, 2, *operator.in_shape)
+    return x, layer(x) + normal(seed + 1, 2, *operator.out_shape)
+
+
+def quietly(function, *args):
+    """Call a function that may tell of a rank: windows may lie in the padding alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", frfx.ConditionWarning)
+        return function(*args)
+
+
+def conditioned(layer, x, most=30):
+    """Return whether the singular values that are not zero lie this near together."""
+    singular = np.linalg.svd(jacobian(layer, torch.zeros_like(x[:1])), compute_uv=False)
+    kept = singular[singular > 1e-10 * singular.max()]
+    return len(kept) == 0 or kept[0] < most * kept[-1]
+
+
+@pytest.mark.parametrize("solver", ["auto", "dense"])
+@given(operator=convolutions(padded=True, symmetric=True, dominant=3.0), seed=seeds)
+def test_padded_convolutions_equal_the_jacobians_pseudo_inverse(solver, operator, seed):
+    layer = module_of(operator)
+    x, target = with_target(layer, operator, seed)
+    assume(conditioned(layer, x))
+    policy = frfx.policy.minimal(damping=0.0).override(op=nn.Conv2d, solver=solver)
+    inverse = invert(layer, policy)
+    found = quietly(inverse, x, target)
+    row = next(row for row in inverse.summary() if row.op == "conv")
+    assume(row.solver == "dense")  # circular padding is spectral, and exact where it is wide
+    expected = minimal_affine_preimage(layer, x, target, rcond=1e-8)
+    assert relative(found, expected) < 1e-8
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+@pytest.mark.parametrize("window", [(3, 3), (2, 3)])
+@pytest.mark.parametrize("solver", ["iterative", "dense"])
+def test_padding_that_keeps_the_size(solver, window, mode):
+    layer = nn.Conv2d(3, 3, window, padding="same", dilation=(1, 2), padding_mode=mode)
+    layer = layer.double().requires_grad_(False)
+    layer.weight.mul_(0.3)
+    layer.weight[..., (window[0] - 1) // 2, 1] += 3 * torch.eye(3)
+    x = normal(2, 2, 3, 6, 7)
+    target = layer(x) + normal(3, 2, 3, 6, 7)
+    policy = frfx.policy.minimal().override(
+        op=nn.Conv2d, solver=solver, tolerance=1e-10, max_steps=300
+    )
+    expected = minimal_affine_preimage(layer, x, target)
+    assert relative(reconstruct(layer, x, target, policy), expected) < 1e-8
+
+
+@given(operator=convolutions(symmetric=True), seed=seeds)
+def test_fixed_point_of_any_geometry(operator, seed):
+    layer = module_of(operator)
+    x, _ = with_target(layer, operator, seed)
+    assert torch.equal(quietly(reconstruct, layer, x, layer(x)), x)
+
+
+@given(operator=convolutions(padded=False, dominant=3.0), seed=seeds)
+def test_wide_strided_grouped_and_dilated_ones_give_the_target_exactly(operator, seed):
+    columns = operator.kernel.shape[1] * int(np.prod(operator.stride))
+    assume(operator.out_channels // operator.groups <= columns)
+    layer = module_of(operator)
+    x, target = with_target(layer, operator, seed)
+    inverse = invert(layer)
+    found = quietly(inverse, x, target)
+    row = next(row for row in inverse.summary() if row.op == "conv")
+    assume(row.condition < 1e5)
+    assert relative(layer(found), target) < 1e-8
+
+
+class Deep(nn.Module):
+    """What real networks are made of: a strided stem, depthwise and grouped blocks, patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2)
+        self.pointwise = nn.Conv2d(8, 16, 1, stride=2)
+        self.patches = nn.Conv2d(16, 12, 2, stride=2)
+        self.head = nn.Linear(12 * 4, 5)
+        for layer in self.children():
+            if isinstance(layer, nn.Conv2d):
+                middle = tuple(k // 2 for k in layer.kernel_size)
+                for row in range(len(layer.weight)):
+                    layer.weight.data[(row, row % layer.weight.shape[1], *middle)] += 1
+
+    def forward(self, x):
+        for layer in (self.stem, self.depthwise, self.grouped, self.pointwise, self.patches):
+            x = torch.tanh(layer(x))
+        return self.head(x.flatten(1))
+
+
+def test_inside_a_network_every_op_is_inverted_as_its_own_jacobian_says():
+    model = Deep().double().eval().requires_grad_(False)
+    x = normal(0, 2, 3, 16, 16)
+    inverse = frfx.invert(model, "x", policy="minimal")
+    values = inverse.reconstruct(x, torch.tensor([1, 4]))
+    rows = {row.node: row for row in inverse.summary()}
+    names = [name for name in values if values[name].op == "conv"]
+    assert len(names) == 5
+    order = list(values)
+    for name in names:
+        after = values[order[order.index(name) + 1]]
+        layer = getattr(model, name)
+        moved = after.target - after.forward
+        wanted = values[name].target - values[name].forward
+        matrix = jacobian(layer, torch.zeros_like(after.forward[:1]))
+        assert rows[name].solver == "dense"
+        damping = 1e-2 if "damped" in rows[name].reason else 0.0
+        step = damped_least_squares(matrix, wanted.flatten(1).numpy().T, damping)
+        assert relative(moved.flatten(1), step.T) < 1e-7
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda x, w, b: F.conv2d(x, w, b, 2, 1),
+        lambda x, w, b: F.conv2d(x, w, b, stride=(2,), padding=(1,), dilation=(1,)),
+        lambda x, w, b: torch.conv2d(x, w, b, (2, 2), (1, 1)),
+        lambda x, w, b: torch.ops.aten.conv2d.default(x, w, b, [2, 2], [1, 1], [1, 1], 1),
+    ],
+    ids=["numbers", "one-element tuples", "torch.conv2d", "aten"],
+)
+def test_spellings_of_strides_and_paddings(spelling):
+    layer = conv(0, 3, 2, (3, 3))
+    x = normal(2, 2, 3, 6, 7)
+    output = F.conv2d(x, layer.weight, layer.bias, 2, 1)
+    target = output + normal(3, *output.shape)
+    expected = minimal_affine_preimage(
+        lambda x: F.conv2d(x, layer.weight, layer.bias, 2, 1), x, target
+    )
+    found = reconstruct(spelling, x, target, w=layer.weight, b=layer.bias)
+    assert relative(found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("padding", ["same", 1, "valid"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_after_torch_export(dims, padding):
+    layer = CONV[dims](2, 2, 3, padding=padding, dtype=torch.float64).requires_grad_(False)
+    layer.weight[(..., *(1,) * dims)] += 2 * torch.eye(2)
+    model = nn.Sequential(layer, nn.Tanh()).eval()
+    x = 0.1 * normal(2, 2, 2, *[4] * dims)
+    exported = torch.export.export(model, (x,)).module()
+    target = 0.9 * torch.tanh(layer(x))
+    found = frfx.invert(exported, 0, policy="minimal")(x, target)
+    assert relative(found, frfx.invert(model, 0, policy="minimal")(x, target)) < 1e-12
+    assert relative(layer(found), torch.atanh(target)) < 1e-8
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("solver", ["auto", "spectral", "iterative", "dense"])
+@pytest.mark.filterwarnings("ignore::frfx.ConvergenceWarning")
+def test_memory_formats(solver, padding):
+    layer = nn.Conv2d(4, 4, 3, padding=padding, groups=2, stride=(1, 2)).double()
+    layer.requires_grad_(False).weight[..., 1, 1] += 2
+    x = normal(2, 2, 4, 6, 7)
+    target = layer(x) + normal(3, *layer(x).shape)
+    policy = frfx.policy.minimal().override(op=nn.Conv2d, solver=solver)
+    expected = reconstruct(layer, x, target, policy)
+    found = reconstruct(
+        layer.to(memory_format=torch.channels_last),
+        x.to(memory_format=torch.channels_last),
+        target.to(memory_format=torch.channels_last),
+        policy,
+    )
+    assert relative(found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("solver", ["auto", "iterative"])
+def test_padded_networks_of_every_precision(solver, dtype):
+    layer = nn.Conv2d(3, 3, 3, padding=1, dtype=dtype).requires_grad_(False)
+    layer.weight[..., 1, 1] += 2 * torch.eye(3).to(dtype)
+    x = normal(2, 2, 3, 6, 7).to(dtype)
+    target = layer(x) + normal(3, 2, 3, 6, 7).to(dtype)
+    policy = frfx.policy.minimal().override(op=nn.Conv2d, solver=solver, tolerance=1e-5)
+    found = reconstruct(layer, x, target, policy)
+    assert found.dtype == dtype
+    residual = (target.double() - layer(x).double()).numpy().ravel()
+    matrix = jacobian(layer.double(), x)
+    expected = x.double().numpy() + (np.linalg.pinv(matrix) @ residual).reshape(x.shape)
+    assert relative(found.double(), expected) < max(2 * torch.finfo(dtype).eps, 5e-5)
+
+
+# What has not converged.
+
+
+def unconverged(**options):
+    """Return the inverse of a padded convolution with one step to solve it, and a call for it."""
+    layer = nn.Conv2d(3, 3, 3, padding=1, dtype=torch.float64).requires_grad_(False)
+    layer.weight.copy_(normal(0, 3, 3, 3, 3))
+    policy = frfx.policy.minimal().override(
+        op=nn.Conv2d, solver="iterative", max_steps=1, tolerance=1e-9, **options
+    )
+    model = nn.Sequential(nn.Identity(), layer, nn.Tanh())
+    x = normal(1, 4, 3, 6, 6)
+    return frfx.invert(model, 0, policy=policy), x, torch.tanh(layer(x) + 0.1)
+
+
+MESSAGE = (
+    r"1 \(.*\): the iterative solver has left 4 of 4 samples above its tolerance, the worst at a "
+    r"relative residual of .* after 1 steps.*override\(node='1', damping=.*unconverged=\"ignore\""
+)
+
+
+@pytest.mark.parametrize("call", ["call", "reconstruct"])
+def test_unconverged_warns(call):
+    inverse, x, target = unconverged()
+    with pytest.warns(frfx.ConvergenceWarning, match=MESSAGE):
+        inverse(x, target) if call == "call" else inverse.reconstruct(x, target)
+
+
+@pytest.mark.parametrize("call", ["call", "reconstruct"])
+def test_unconverged_raises(call):
+    inverse, x, target = unconverged(unconverged="raise")
+    with pytest.raises(frfx.ConvergenceError, match=MESSAGE):
+        inverse(x, target) if call == "call" else inverse.reconstruct(x, target)
+
+
+@pytest.mark.filterwarnings("error")
+def test_unconverged_is_silent_if_asked():
+    inverse, x, target = unconverged(unconverged="ignore")
+    assert torch.isfinite(inverse(x, target)).all()
+    inverse.reconstruct(x, target)
+
+
+@pytest.mark.filterwarnings("error")
+def test_converged_says_nothing():
+    inverse, x, _ = unconverged()
+    layer = inverse.model.get_submodule("1")
+    inverse(x, torch.tanh(layer(x)))  # no deviation, nothing to solve
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_call_is_not_blamed_for_the_one_before():
+    """The first size has not converged and raises; what is told of the second is its own."""
+    inverse, x, target = unconverged(unconverged="raise")
+    with pytest.raises(frfx.ConvergenceError):
+        inverse(x, target)
+    layer, other = inverse.model.get_submodule("1"), normal(2, 2, 3, 5, 5)
+    inverse(other, torch.tanh(layer(other)))
+    with pytest.raises(frfx.ConvergenceError):
+        inverse(x, target)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "fastest"}, "solver='fastest' is none of 'auto', 'dense'"),
+        ({"unconverged": "hide"}, "unconverged='hide' is none of 'warn', 'raise', 'ignore'"),
+        ({"tolerance": 0.0}, "tolerance=0.0 does not lie between 0 and 1"),
+        ({"max_steps": 0}, "max_steps=0 is less than one step"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(frfx.PolicyError, match=message):
+        invert(conv(0, 2, 2, (3, 3)), frfx.policy.minimal().override(op=nn.Conv2d, **options))
+
+
+# The summary.
+
+
+@pytest.mark.parametrize(
+    ("layer", "solver", "why"),
+    [
+        (nn.Conv2d(3, 2, 1), "dense", "share no entry"),
+        (nn.Conv2d(3, 2, 2, stride=2), "dense", "share no entry"),
+        (nn.Conv2d(3, 2, 3), "spectral", "exact: no padding"),
+        (nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"), "spectral", "circular padding"),
+        (nn.Conv2d(3, 2, 3, padding=1), "dense", "written out"),
+        (nn.ConvTranspose2d(3, 2, 2, stride=2), "dense", "share no entry"),
+    ],
+)
+def test_the_summary_tells_the_solver_and_why(layer, solver, why):
+    inverse = invert(layer)
+    before = next(row for row in inverse.summary() if row.node == "function")
+    assert (before.solver, before.reason, before.condition) == ("auto", "", None)
+    x = normal(0, 2, 3, 6, 6, dtype=torch.float32)
+    inverse(x, layer(x).detach())
+    row = next(row for row in inverse.summary() if row.node == "function")
+    assert row.solver == solver
+    assert why in row.reason
+    assert row.condition >= 1
+    shown = str(inverse.summary())
+    assert "solver" in shown
+    assert row.reason in shown
+
+
+def test_a_solver_by_name_for_one_node():
+    model = nn.Sequential(conv(0, 3, 3, (3, 3)), nn.Tanh(), conv(1, 3, 3, (3, 3)))
+    policy = frfx.policy.minimal().override(node="2", solver="iterative", max_steps=200)
+    inverse = frfx.invert(model, 0, policy=policy)
+    x = normal(0, 2, 3, 8, 8)
+    inverse(x, model(x))
+    rows = {row.node: row for row in inverse.summary()}
+    assert rows["2"].solver == "iterative"
+    assert rows["2"].reason == "as asked"
+    assert rows["0"].solver == "spectral"
+    assert "max_steps=200" in rows["2"].rule

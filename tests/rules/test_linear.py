@@ -189,6 +189,56 @@ def test_spellings(spelling):
     assert relative(found, x.numpy() + residual @ np.linalg.pinv(weight.numpy()).T) < 1e-13
 
 
+def test_solvers_by_name():
+    layer = linear(normal(0, 4, 6) / 4 + torch.eye(4, 6))
+    x, target = normal(1, 3, 6), normal(2, 3, 4)
+    for solver, why in {"auto": "a matrix", "dense": "as asked", "iterative": "as asked"}.items():
+        policy = frfx.policy.minimal().override(
+            op=nn.Linear, solver=solver, tolerance=1e-10, max_steps=100
+        )
+        inverse = invert(layer, policy)
+        assert relative(inverse(x, target), by_lstsq(layer, x, target)) < 1e-8
+        row = next(row for row in inverse.summary() if row.op == "linear")
+        assert row.solver == ("dense" if solver == "auto" else solver)
+        assert row.reason == why
+
+
+@pytest.mark.parametrize("leading", [(4,), (2, 3), (2, 1, 3)])
+def test_the_iterative_solver_takes_any_leading_dimensions(leading):
+    layer = linear(normal(0, 4, 6) / 4 + torch.eye(4, 6))
+    x, target = normal(1, *leading, 6), normal(2, *leading, 4)
+    policy = frfx.policy.minimal().override(
+        op=nn.Linear, solver="iterative", tolerance=1e-10, max_steps=100
+    )
+    assert relative(reconstruct(layer, x, target, policy), by_lstsq(layer, x, target)) < 1e-8
+
+
+def test_a_linear_layer_has_no_spectrum_over_frequencies():
+    policy = frfx.policy.minimal().override(op=nn.Linear, solver="spectral")
+    with pytest.raises(frfx.UnsupportedOpsError, match="no spectrum over frequencies"):
+        invert(linear(normal(0, 4, 6)), policy)
+
+
+@pytest.mark.parametrize("shape", [(256, 600), (600, 256)], ids=["wide", "tall"])
+@pytest.mark.parametrize("spread", [0.5, 2.5], ids=["well", "ill"])
+def test_long_layers_in_single_precision(shape, spread):
+    left, _, right = torch.linalg.svd(normal(0, *shape), full_matrices=False)
+    singular = 10 ** torch.linspace(0, -spread, 256, dtype=torch.float64)
+    layer = linear(((left * singular) @ right).float())
+    x, target = normal(1, 3, shape[1]).float(), normal(2, 3, shape[0]).float()
+    found = reconstruct(layer, x, target)
+    assert relative(found, by_lstsq(layer, x, target)) < 2e-6 * 10**spread
+
+
+def test_an_iteration_that_has_not_converged_is_told():
+    layer = linear(normal(0, 40, 40))
+    policy = frfx.policy.minimal().override(
+        op=nn.Linear, solver="iterative", max_steps=2, unconverged="raise"
+    )
+    with pytest.raises(frfx.ConvergenceError, match="left 3 of 3 samples above its tolerance"):
+        reconstruct(layer, normal(1, 3, 40), normal(2, 3, 40), policy)
+
+
 def test_a_rule_shows_the_options_that_are_not_the_default():
     rules = frfx.rules
     assert str(rules.LinearRule()) == "LinearRule"

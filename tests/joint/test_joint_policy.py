@@ -12,7 +12,7 @@ from torch import nn
 
 import frfx
 from frfx import networks
-from tests.joint.test_networks import Residual, batch, fresh
+from tests.joint.test_joint_networks import Residual, batch, fresh
 
 
 def network() -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import frfx
-from tests.joint.test_networks import Encoder, Residual, batch, fresh
+from tests.joint.test_joint_networks import Encoder, Residual, batch, fresh
 
 pytestmark = pytest.mark.gpu
 

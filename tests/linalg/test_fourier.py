@@ -1,0 +1,196 @@
+"""Block-circulant maps in all their forms against the dense matrix, on torch and on NumPy."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import normal, relative
+
+from frfx.linalg import fourier
+from frfx.linalg.backend import Backend, HandOver, Namespace, torch_backend
+from frfx.linalg.fourier import FourierMap, Grid, choose_form
+
+seeds = st.integers(0, 2**31)
+FORMS = ("matrix", "dft", "fft")
+
+
+class NumpyBackend(Backend):
+    """NumPy as the array library: the same lines as on the others, with arrays handed over."""
+
+    name = "numpy"
+    namespace = Namespace(
+        reshape=np.reshape,
+        permute_dims=np.transpose,
+        concat=lambda arrays, axis: np.concatenate(arrays, axis),
+        rfftn=lambda x, s, axes: np.fft.rfftn(x, s, axes),
+        irfftn=lambda x, s, axes: np.fft.irfftn(x, s, axes),
+    )
+
+    def constant(self, tensor):
+        return tensor.numpy()
+
+    def on(self, tensor):
+        del tensor
+        return contextlib.nullcontext(HandOver(np.from_dlpack, lambda array: torch.tensor(array)))
+
+    def batch_last(self, x):
+        return np.moveaxis(x, (0, 2), (-1, -2))
+
+    def batch_first(self, x):
+        return np.moveaxis(x, (-1, -2), (0, 2))
+
+
+BACKENDS = {"torch": torch_backend, "numpy": NumpyBackend()}
+
+
+@st.composite
+def problems(draw):
+    """Draw a grid with its corners, the sizes of the matrices, and a few taps of the map."""
+    dims = draw(st.sampled_from([1, 2, 2, 3]))
+    size = tuple(draw(st.integers(1, {1: 9, 2: 6, 3: 4}[dims])) for _ in range(dims))
+    grid = Grid(size, *(tuple(draw(st.integers(1, n)) for n in size) for _ in range(2)))
+    groups, rows, columns = (draw(st.integers(1, 3)) for _ in range(3))
+    taps = draw(st.lists(st.tuples(*[st.integers(-2, 9)] * dims), min_size=1, max_size=4))
+    return grid, taps, normal(draw(seeds), len(taps), groups, rows, columns)
+
+
+def matrices_of(taps, weights):
+    """Return what makes `sum_m K[m] exp(2 pi i u m)` at frequencies u."""
+
+    def matrices(frequencies):
+        angle = 2 * math.pi * frequencies @ torch.tensor(taps).double().T
+        waves = torch.complex(angle.cos(), angle.sin())
+        return torch.einsum("fm,mgrc->gfrc", waves, weights.to(waves.dtype))
+
+    return matrices
+
+
+def dense_product(problem, x):
+    """Return `sum_m K[m] x(p + m)` on the grid, by moving the image."""
+    grid, taps, weights = problem
+    image = np.zeros((*x.shape[:3], *grid.size))
+    image[(..., *map(slice, grid.source))] = x
+    axes = tuple(range(3, image.ndim))
+    result = sum(
+        np.einsum("grc,ngc...->ngr...", k, np.roll(image, [-m for m in tap], axes))
+        for tap, k in zip(taps, weights.numpy(), strict=True)
+    )
+    return result[(..., *map(slice, grid.result))]
+
+
+def make(problem, **options):
+    grid, taps, weights = problem
+    _, groups, rows, columns = weights.shape
+    options = {"dtype": torch.float64, "device": torch.device("cpu"), **options}
+    return FourierMap(
+        matrices_of(taps, weights), grid, groups=groups, rows=rows, columns=columns, **options
+    )
+
+
+def image_for(problem, seed, count, dtype=torch.float64):
+    grid, _, weights = problem
+    return normal(seed, count, weights.shape[1], weights.shape[3], *grid.source, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("memory", [math.inf, 0], ids=["kept", "streamed"])
+@pytest.mark.parametrize("form", [*FORMS, None])
+@given(problem=problems(), seed=seeds, count=st.integers(1, 3))
+def test_every_form_is_the_dense_map(form, memory, backend, problem, seed, count):
+    made = make(problem, form=form, memory=memory, backend=backend)
+    x = image_for(problem, seed, count)
+    found = made(x)
+    expected = dense_product(problem, x.numpy())
+    assert found.shape == expected.shape
+    assert np.abs(found.numpy() - expected).max() < 1e-12 * (1 + np.abs(expected).max())
+    assert made.streams == (memory == 0 and form != "matrix")
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+@given(problem=problems(), seed=seeds)
+def test_single_precision(form, backend, problem, seed):
+    x = image_for(problem, seed, 2, torch.float32)
+    found = make(problem, form=form, backend=backend, dtype=torch.float32)(x)
+    expected = dense_product(problem, x.double().numpy())
+    assert np.abs(found.numpy() - expected).max() < 2e-5 * (1 + np.abs(expected).max())
+    if backend is torch_backend:
+        assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("memory", [math.inf, 0], ids=["kept", "streamed"])
+@pytest.mark.parametrize("form", FORMS)
+@given(problem=problems(), seed=seeds)
+def test_chunks_change_nothing(form, memory, backend, problem, seed):
+    """Chunks so small that every loop over them has several turns, a last shorter one included."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_CHUNK", 7), ("_CACHED", 1), ("_LEAST_BATCH", 2)):
+            patch.setattr(fourier, name, value)
+        made = make(problem, form=form, memory=memory, backend=backend)
+        x = image_for(problem, seed, 5)
+        found = made(x)
+    expected = dense_product(problem, x.numpy())
+    assert np.abs(found.numpy() - expected).max() < 1e-12 * (1 + np.abs(expected).max())
+
+
+@pytest.mark.parametrize("layout", ["expanded", "channels last", "strided"])
+@pytest.mark.parametrize("form", FORMS)
+def test_sources_of_any_layout(form, layout):
+    taps = [(0, 0), (1, 2)]
+    problem = Grid((5, 4), (4, 3), (5, 2)), taps, normal(0, 2, 1, 3, 2)
+    x = image_for(problem, 1, 4)
+    if layout == "expanded":
+        x = x[:1].expand(4, -1, -1, -1, -1)
+    elif layout == "channels last":
+        x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    else:
+        x = image_for(problem, 1, 8)[::2]
+    assert relative(make(problem, form=form)(x), dense_product(problem, x.numpy())) < 1e-13
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+@given(problem=problems())
+def test_a_map_tells_its_memory(form, backend, problem):
+    made = make(problem, form=form, backend=backend, dtype=torch.float32)
+    held = [value for name, value in vars(made).items() if name in ("_kept", "_tables")]
+    arrays = itertools.chain.from_iterable(v if isinstance(v, tuple) else [v] for v in held)
+    assert made.nbytes == sum(
+        a.untyped_storage().nbytes() if isinstance(a, torch.Tensor) else a.nbytes for a in arrays
+    )
+
+
+def test_a_bound_on_the_memory_holds_whatever_the_form():
+    problem = Grid((4, 4), (4, 4), (4, 4)), [(0, 0)], normal(0, 1, 1, 3, 3)
+    assert make(problem).form == "matrix"
+    tight = make(problem, memory=2000)
+    assert tight.streams
+    assert tight.nbytes <= 2000 < make(problem, form="dft").nbytes
+    x = image_for(problem, 1, 2)
+    assert relative(tight(x), dense_product(problem, x.numpy())) < 1e-13
+
+
+@given(
+    size=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    groups=st.sampled_from([1, 3, 64]),
+    rows=st.sampled_from([1, 3, 64, 512]),
+    columns=st.sampled_from([1, 3, 64, 512]),
+)
+def test_the_form_suits_the_sizes(size, groups, rows, columns):
+    size = tuple(size)
+    form = choose_form(Grid(size, size, size), groups, rows, columns)
+    entries = groups * rows * columns * math.prod(size) ** 2
+    if form == "matrix":
+        assert entries <= 1 << 24  # 128 MiB in double
+    if max(size) > 16:
+        assert form == "fft"  # products with large matrices of cosines are no match
+    if math.prod(size) == 1 and entries <= 1 << 24:
+        assert form == "matrix"  # nothing to transform
