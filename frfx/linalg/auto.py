@@ -127,7 +127,8 @@ class Solver:
         if written_out_bytes(operator) <= _WRITE_OUT:
             factor: Factor = chosen._dense.prepare(operator)
             return Choice(factor, "dense", f"padded and small: written out as a matrix; {note}")
-        if well or self.damping:
+        cuts = self.rcond is not None and self.rcond * condition >= 1  # no iteration could
+        if (well or self.damping) and not cuts:
             factor = chosen._iterative.prepare(operator, backend)
             return Choice(factor, "iterative", f"padded: the circular model, refined; {note}")
         factor = chosen._spectral.prepare(operator, backend)

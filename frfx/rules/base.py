@@ -212,6 +212,11 @@ class AffineRule(Rule):
     def __post_init__(self) -> None:
         _check_choice("solver", self.solver, SOLVERS)
         _check_choice("unconverged", self.unconverged, ("warn", "raise", "ignore"))
+        if self.solver == "iterative" and self.rcond is not None:
+            raise PolicyError(
+                f"solver='iterative' cannot cut singular values off, as rcond={self.rcond!r} asks: "
+                "give it damping=..., or rcond=None"
+            )
         if not 0 < self.tolerance < 1:
             raise PolicyError(f"tolerance={self.tolerance!r} does not lie between 0 and 1")
         if self.max_steps < 1:

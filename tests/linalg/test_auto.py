@@ -98,6 +98,14 @@ def test_what_is_too_large_to_be_written_out_is_refined(operator, monkeypatch):
     assert relative(choice.solve(residual), expected) < 1e-6
 
 
+def test_a_cutoff_that_cuts_is_not_left_to_an_iteration(monkeypatch):
+    monkeypatch.setattr(auto, "_WRITE_OUT", 1000)
+    assert Solver(rcond=1e-6).prepare(SAME).solver == "iterative"
+    choice = Solver(rcond=0.9).prepare(SAME)
+    assert choice.solver == "spectral"
+    assert choice.spectrum.deficient
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_ill_conditioned_operators_are_damped_and_it_is_said(large, monkeypatch):
     if large:

@@ -197,7 +197,7 @@ def with_condition(seed, m, n, condition):
     return ((left * 10**exponents) @ right).float()
 
 
-@pytest.mark.parametrize("shape", [(256, 512), (520, 256)])
+@pytest.mark.parametrize("shape", [(256, 512), (512, 256)])
 @pytest.mark.parametrize("condition", [3, 1e3])
 @pytest.mark.parametrize("damping", [0.0, 1e-2])
 def test_long_matrices_in_single_precision(shape, condition, damping):

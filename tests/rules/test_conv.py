@@ -333,7 +333,7 @@ class Deep(nn.Module):
         self.grouped = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2)
         self.pointwise = nn.Conv2d(8, 16, 1, stride=2)
         self.patches = nn.Conv2d(16, 12, 2, stride=2)
-        self.head = nn.Linear(12 * 4, 5)
+        self.head = nn.Linear(12, 5)
         for layer in self.children():
             if isinstance(layer, nn.Conv2d):
                 middle = tuple(k // 2 for k in layer.kernel_size)
@@ -348,7 +348,7 @@ class Deep(nn.Module):
 
 def test_inside_a_network_every_op_is_inverted_as_its_own_jacobian_says():
     model = Deep().double().eval().requires_grad_(False)
-    x = normal(0, 2, 3, 16, 16)
+    x = normal(0, 2, 3, 8, 8)
     inverse = frfx.invert(model, "x", policy="minimal")
     values = inverse.reconstruct(x, torch.tensor([1, 4]))
     rows = {row.node: row for row in inverse.summary()}
@@ -506,6 +506,7 @@ def test_a_call_is_not_blamed_for_the_one_before():
         ({"unconverged": "hide"}, "unconverged='hide' is none of 'warn', 'raise', 'ignore'"),
         ({"tolerance": 0.0}, "tolerance=0.0 does not lie between 0 and 1"),
         ({"max_steps": 0}, "max_steps=0 is less than one step"),
+        ({"solver": "iterative", "rcond": 0.1}, "cannot cut singular values off, as rcond=0.1"),
     ],
 )
 def test_options_out_of_range(options, message):
