@@ -58,6 +58,11 @@ class Choice(Factor):
         """The operator's singular values in short."""
         return self.factor.spectrum
 
+    @property
+    def iterates(self) -> bool:
+        """Whether the solver may fail to converge."""
+        return isinstance(self.factor, IterativeFactor)
+
     def take_convergence(self) -> Convergence | None:
         """Return how the last solve went, if it was iterative and nobody has asked yet."""
         if not isinstance(self.factor, IterativeFactor):
@@ -115,24 +120,30 @@ class Solver:
 
     def _approximated(self, operator: Convolution | Transposed, backend: Backend) -> Choice:
         """Choose where the circular model is not the operator."""
+        if written_out_bytes(operator) <= _WRITE_OUT:
+            factor: Factor = self._dense.prepare(operator)
+            solver, note = self._if_ill_conditioned(factor.spectrum.condition)
+            if solver is not self:
+                factor = solver._dense.prepare(operator)
+            return Choice(factor, "dense", f"padded and small: written out as a matrix; {note}")
         model = Polyphase(operator.of if isinstance(operator, Transposed) else operator)
         frequencies = Grid(model.grid, model.blocks, model.blocks).frequencies("fft")
         condition = model.spectrum(frequencies, 0.0).condition
-        well = condition <= _WELL_CONDITIONED
-        chosen = self
-        note = f"condition number of the circular model {condition:.2g}"
-        if self.damping is None and not well:
-            chosen = replace(self, damping=_ILL_CONDITIONED_DAMPING)
-            note = f"{note}: damped by {_ILL_CONDITIONED_DAMPING:g}"
-        if written_out_bytes(operator) <= _WRITE_OUT:
-            factor: Factor = chosen._dense.prepare(operator)
-            return Choice(factor, "dense", f"padded and small: written out as a matrix; {note}")
+        solver, note = self._if_ill_conditioned(condition)
         cuts = self.rcond is not None and self.rcond * condition >= 1  # no iteration could
-        if (well or self.damping) and not cuts:
-            factor = chosen._iterative.prepare(operator, backend)
+        if (condition <= _WELL_CONDITIONED or self.damping) and not cuts:
+            factor = solver._iterative.prepare(operator, backend)
             return Choice(factor, "iterative", f"padded: the circular model, refined; {note}")
-        factor = chosen._spectral.prepare(operator, backend)
+        factor = solver._spectral.prepare(operator, backend)
         return Choice(factor, "spectral", f"padded: the circular model, not refined; {note}")
+
+    def _if_ill_conditioned(self, condition: float) -> tuple[Solver, str]:
+        """Return the solver with the damping that a condition number asks for, and a note of it."""
+        note = f"condition number {condition:.2g}"
+        if self.damping is not None or condition <= _WELL_CONDITIONED:
+            return self, note
+        damped = replace(self, damping=_ILL_CONDITIONED_DAMPING)
+        return damped, f"{note}: damped by {_ILL_CONDITIONED_DAMPING:g}"
 
     def _as_asked(self, operator: Operator, backend: Backend) -> Factor:
         if self.name == "dense":

@@ -172,8 +172,9 @@ class Polyphase:
     def spectrum(self, frequencies: Tensor, rcond: float) -> Spectrum:
         """Return the singular values in short.
 
-        Of large models, from a sample of the frequencies: the matrices of the largest Frobenius
-        norm, among which the largest singular value is, and as many spread evenly.
+        Of large models, from a sample of the frequencies: those of the largest Frobenius norm,
+        where the largest singular value is to be expected, and as many spread evenly. What is
+        known of them is then an estimate.
 
         Args:
             frequencies: All of the half spectrum.

@@ -16,6 +16,7 @@ from frfx.linalg import Dense, Factor, Solver
 from frfx.linalg.auto import SOLVERS, Choice, Operator, SolverName
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.iterative import MAX_STEPS, TOLERANCE
+from frfx.linalg.spectral import FACTOR_MEMORY
 from frfx.ops import Op, Shape
 
 Unconverged = Literal["warn", "raise", "ignore"]
@@ -124,7 +125,15 @@ class AffineInversion(FactoredInversion):
         """Return `x^ + A+ (y* - y^)`."""
         (x,) = inputs
         with torch.autocast(x.device.type, enabled=False):
-            return x + self.factor(x, output).solve(target - output)
+            factor = self.factor(x, output)
+            x = x + factor.solve(target - output)
+        if torch.compiler.is_compiling() and isinstance(factor, Choice) and factor.iterates:
+            self._check_compiled()  # the graph's last node does not, and the solver broke it anyway
+        return x
+
+    @torch.compiler.disable
+    def _check_compiled(self) -> None:
+        self.check_convergence()
 
     def check_convergence(self) -> None:
         """Warn or raise, as asked, if the last solve has left samples unsolved.
@@ -198,6 +207,8 @@ class AffineRule(Rule):
         tolerance: Of the iterative solver: bound on the residual of the normal equations, relative
             by sample.
         max_steps: Of the iterative solver: bound on the steps.
+        memory: Bound in bytes on the factor of one convolution; beyond it, its matrices are made
+            anew in chunks at every call.
         unconverged: What to do about samples that it has not solved: ``"warn"``, ``"raise"`` or
             ``"ignore"``.
     """
@@ -207,6 +218,7 @@ class AffineRule(Rule):
     damping: float | None = None
     tolerance: float = TOLERANCE
     max_steps: int = MAX_STEPS
+    memory: float = FACTOR_MEMORY
     unconverged: Unconverged = "warn"
 
     def __post_init__(self) -> None:
@@ -229,7 +241,9 @@ class AffineRule(Rule):
         key: Callable[[Shape, Shape], Shape] | None = None,
     ) -> AffineInversion:
         """Return the inversion of an op with this linear part, by the solver that is asked for."""
-        solver = Solver(self.solver, self.rcond, self.damping, self.tolerance, self.max_steps)
+        solver = Solver(
+            self.solver, self.rcond, self.damping, self.tolerance, self.max_steps, self.memory
+        )
         return AffineInversion(op, operator, solver, key, self.unconverged)
 
 

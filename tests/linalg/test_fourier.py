@@ -171,11 +171,12 @@ def test_a_map_tells_its_memory(form, backend, problem):
 def test_a_bound_on_the_memory_holds_whatever_the_form():
     problem = Grid((4, 4), (4, 4), (4, 4)), [(0, 0)], normal(0, 1, 1, 3, 3)
     assert make(problem).form == "matrix"
-    tight = make(problem, memory=2000)
-    assert tight.streams
-    assert tight.nbytes <= 2000 < make(problem, form="dft").nbytes
     x = image_for(problem, 1, 2)
-    assert relative(tight(x), dense_product(problem, x.numpy())) < 1e-13
+    for memory, streams in ((2000, False), (1000, True)):
+        tight = make(problem, memory=memory)
+        assert (tight.form, tight.streams) == ("fft", streams)
+        assert tight.nbytes <= memory < make(problem, form="dft").nbytes
+        assert relative(tight(x), dense_product(problem, x.numpy())) < 1e-13
 
 
 @given(
