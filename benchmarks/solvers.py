@@ -287,7 +287,8 @@ def measure_network(
     model = models.load_model(name).eval().to(watch.device)
     x = torch.randn(batch, *((3, size, size) if size else (3, 32, 32)), device=watch.device)
     y = torch.randint(0, 10, (batch,), device=watch.device)
-    inverse = frfx.invert(model, layer, policy=frfx.policy.paper(**options))
+    policy = frfx.policy.paper().override(op=nn.Conv2d, **options)
+    inverse = frfx.invert(model, layer, policy=policy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start = time.perf_counter()
