@@ -32,10 +32,11 @@ _CHUNK = 1 << 22
 """Matrix entries that are made at a time, and bound on those of a temporary."""
 
 _CACHED = 1 << 19
-"""Entries of an image stack that is transformed at a time: it should stay in the cache."""
+"""Entries of an image stack that a thread transforms at a time: they should stay in the cache."""
 
-_LEAST_BATCH = 32
-"""Samples that are transformed at a time at least: fewer make poor matrix products."""
+_LEAST_BATCH = 16
+"""Samples that are transformed at a time at least, twice as many with groups: fewer make poor matrix
+products."""
 
 _DFT_UP_TO = 16
 """Largest side of a grid on which transforms as matrix products beat fast ones (see
@@ -158,9 +159,12 @@ class FourierMap:
             return self._by_matrix(xp, x)
         apply = self._by_dft if self.form == "dft" else self._by_fft
         entries = math.prod(self.grid.size) * self.groups * max(self.rows, self.columns)
-        most = max(1, min(16 * _CHUNK // entries, max(_LEAST_BATCH, _CACHED // entries)))
+        least = _LEAST_BATCH if self.groups == 1 else 2 * _LEAST_BATCH
+        cached = torch.get_num_threads() * _CACHED // entries
+        most = max(1, min(16 * _CHUNK // entries, max(least, cached)))
         if x.shape[0] <= most:
             return apply(xp, x)
+        most = -(-x.shape[0] // -(-x.shape[0] // most))  # parts of one size
         parts = [apply(xp, x[i : i + most, ...]) for i in range(0, x.shape[0], most)]
         return xp.concat(parts, axis=0)
 
