@@ -35,8 +35,8 @@ _CACHED = 1 << 19
 """Entries of an image stack that a thread transforms at a time: they should stay in the cache."""
 
 _LEAST_BATCH = 16
-"""Samples that are transformed at a time at least, twice as many with groups: fewer make poor matrix
-products."""
+"""Samples that are transformed at a time at least, twice as many with groups: fewer make poor
+matrix products."""
 
 _DFT_UP_TO = 16
 """Largest side of a grid on which transforms as matrix products beat fast ones (see
