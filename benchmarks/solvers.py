@@ -364,7 +364,7 @@ def main(
         networks = [("paper:cifar10", 0, 256, layer, {}) for layer in (3, 2, 1, 0)]
         if not quick:
             for options in ({"solver": "spectral", "damping": 1e-2}, {}):
-                networks.append(("torchvision:vgg11", 64, 32, "features.0", options))
+                networks.append(("torchvision:vgg11", 64, 128, "features.0", options))
         whole = [measure_network(*arguments, watch) for arguments in networks]  # type: ignore[arg-type]
         show(f"Networks on {device}", whole)
         record[str(device)] = {
