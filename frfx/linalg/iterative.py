@@ -200,7 +200,7 @@ def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):
         following = _dot(r, z)
         p = z + _like(torch.where(sound, following / rz.clamp(min=tiny), 0.0), z) * p
         rz = following
-    return found, Convergence(best, steps, best <= tolerance)
+    return found, Convergence(best.detach(), steps, best.detach() <= tolerance)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

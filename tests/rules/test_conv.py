@@ -445,9 +445,8 @@ def unconverged(**options):
     """Return the inverse of a padded convolution with one step to solve it, and a call for it."""
     layer = nn.Conv2d(3, 3, 3, padding=1, dtype=torch.float64).requires_grad_(False)
     layer.weight.copy_(normal(0, 3, 3, 3, 3))
-    policy = frfx.policy.minimal().override(
-        op=nn.Conv2d, solver="iterative", max_steps=1, tolerance=1e-9, **options
-    )
+    options = {"solver": "iterative", "max_steps": 1, "tolerance": 1e-9, **options}
+    policy = frfx.policy.minimal().override(op=nn.Conv2d, **options)
     model = nn.Sequential(nn.Identity(), layer, nn.Tanh())
     x = normal(1, 4, 3, 6, 6)
     return frfx.invert(model, 0, policy=policy), x, torch.tanh(layer(x) + 0.1)
@@ -464,6 +463,22 @@ def test_unconverged_warns(call):
     inverse, x, target = unconverged()
     with pytest.warns(frfx.ConvergenceWarning, match=MESSAGE):
         inverse(x, target) if call == "call" else inverse.reconstruct(x, target)
+
+
+def test_unconverged_warns_when_compiled():
+    inverse, x, target = unconverged()
+    compiled = torch.compile(inverse, backend="eager")
+    for _ in range(2):  # when it is traced, and afterwards
+        with pytest.warns(frfx.ConvergenceWarning, match=MESSAGE):
+            compiled(x, target)
+
+
+def test_convergence_is_no_part_of_the_gradient():
+    inverse, x, target = unconverged()
+    with pytest.warns() as caught:
+        inverse(x.requires_grad_(), target).sum().backward()
+    assert [warning.category for warning in caught] == [frfx.ConvergenceWarning]
+    assert torch.isfinite(x.grad).all()
 
 
 @pytest.mark.parametrize("call", ["call", "reconstruct"])
