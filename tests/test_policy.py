@@ -151,6 +151,16 @@ def test_values_that_make_no_sense(name, value):
 def test_rcond_and_damping_may_be_none():
     assert policy.paper(rcond=None).options["rcond"] is None
     assert rules(policy.paper(damping=None))["6"] == LinearRule()
+    model = nn.Sequential(
+        nn.BatchNorm2d(1), nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.LayerNorm(4), nn.Flatten()
+    ).eval()
+    x, target = torch.randn(2, 1, 4, 4), torch.randn(2, 16)
+    free = policy.paper()
+    for op in model[:4]:
+        free = free.override(op=type(op), damping=None)
+    assert torch.equal(
+        frfx.invert(model, "input", policy=free)(x, target), frfx.invert(model, 0)(x, target)
+    )
     with pytest.raises(frfx.PolicyError, match="label_margin is a finite number"):
         policy.paper(label_margin=None)
 
@@ -178,7 +188,7 @@ def test_override_by_op(op):
     found = rules(policy.paper(rcond=1e-4).override(op=op, damping=0.5))
     for node in ("8", "6"):
         assert (found[node].damping, found[node].rcond) == (0.5, 1e-4)
-    assert found["3"].damping in (None, 0.0)
+    assert found["3"].damping is None
 
 
 def test_override_by_node():

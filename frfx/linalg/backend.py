@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,20 +27,7 @@ class Namespace:
     irfftn: Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class HandOver:
-    """How arrays go to a library and come back, for one call.
-
-    Attributes:
-        array: Tensor -> array.
-        tensor: Array -> tensor.
-    """
-
-    array: Callable[[Tensor], Any]
-    tensor: Callable[[Any], Tensor]
-
-
-class Backend:
+class Backend(abc.ABC):
     """An array library.
 
     Attributes:
@@ -51,24 +38,21 @@ class Backend:
     name: str
     namespace: Namespace
 
+    @abc.abstractmethod
     def constant(self, tensor: Tensor) -> Any:
         """Return a tensor that is kept, as an array of the library."""
-        raise NotImplementedError
 
-    def on(self, tensor: Tensor) -> contextlib.AbstractContextManager[HandOver]:
-        """Return a context in which arrays of the tensor's device are computed with.
+    @abc.abstractmethod
+    def run(self, function: Callable[[Any], Any], x: Tensor) -> Tensor:
+        """Return what a function of arrays makes of a tensor, on the tensor's device."""
 
-        torch itself needs none.
-        """
-        raise NotImplementedError
-
+    @abc.abstractmethod
     def batch_last(self, x: Any) -> Any:
         """Move the batch and the channels back: (N, G, c, *s) -> (G, *s, c, N)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def batch_first(self, x: Any) -> Any:
         """Undo `batch_last`."""
-        raise NotImplementedError
 
 
 class TorchBackend(Backend):
@@ -85,6 +69,9 @@ class TorchBackend(Backend):
 
     def constant(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def run(self, function: Callable[[Any], Any], x: Tensor) -> Tensor:
+        return function(x)
 
     def batch_last(self, x: Tensor) -> Tensor:
         n, groups, channels, *size = x.shape
@@ -148,16 +135,12 @@ class CupyBackend(Backend):
             )
         return self._cupy.from_dlpack(tensor.detach())
 
-    @contextlib.contextmanager
-    def on(self, tensor: Tensor) -> Iterator[HandOver]:
-        device = tensor.device.index
-        stream = torch.cuda.current_stream(tensor.device).cuda_stream
-        external = self._cupy.cuda.ExternalStream(stream, device)
-        with self._cupy.cuda.Device(device), external:
-            yield HandOver(
-                array=lambda tensor: self._cupy.from_dlpack(tensor.detach()),
-                tensor=torch.from_dlpack,
-            )
+    @torch.compiler.disable
+    def run(self, function: Callable[[Any], Any], x: Tensor) -> Tensor:
+        device = x.device.index
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        with self._cupy.cuda.Device(device), self._cupy.cuda.ExternalStream(stream, device):
+            return torch.from_dlpack(function(self._cupy.from_dlpack(x.detach())))
 
     def batch_last(self, x: Any) -> Any:
         return self._cupy.ascontiguousarray(x.transpose(1, *range(3, x.ndim), 2, 0))

@@ -42,6 +42,9 @@ _DFT_UP_TO = 16
 """Largest side of a grid on which transforms as matrix products beat fast ones (see
 docs/solvers.md)."""
 
+_SCALAR_DFT_UP_TO = 8
+"""The same where every channel stands alone, and the product costs nothing."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -70,9 +73,6 @@ class Grid:
         ]
         return torch.cartesian_prod(*axes).reshape(-1, len(axes))
 
-
-_SCALAR_DFT_UP_TO = 8
-"""The same where every channel stands alone, and the product costs nothing."""
 
 Matrices = Callable[[Tensor], Tensor]
 """Makes the matrices (G, F, c', c), complex128, at frequencies (F, dims)."""
@@ -121,12 +121,12 @@ class FourierMap:
         self._tables: tuple[Any, ...] = ()
         self._kept: Any = None
         if self.form == "matrix":
-            self._kept = self._hand_over(self._dense())
+            self._kept = self.backend.constant(self._dense())
         else:
             if self.form == "dft":
-                self._tables = tuple(map(self._hand_over, _dft_tables(grid, dtype, device)))
+                self._tables = tuple(map(self.backend.constant, _dft_tables(grid, dtype, device)))
             if not self.streams:
-                self._kept = self._hand_over(self._at(grid.frequencies(self.form)))
+                self._kept = self.backend.constant(self._at(grid.frequencies(self.form)))
 
     def _bytes_of(self, form: Form) -> int:
         """Return the memory of a form's matrices, in bytes."""
@@ -146,12 +146,7 @@ class FourierMap:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (N, G, c, *source) to (N, G, c', *result)."""
-        return self._apply(x) if self.backend is torch_backend else self._elsewhere(x)
-
-    @torch.compiler.disable
-    def _elsewhere(self, x: Tensor) -> Tensor:
-        with self.backend.on(x) as to:
-            return to.tensor(self._apply(to.array(x)))
+        return self.backend.run(self._apply, x)
 
     def _apply(self, x: Any) -> Any:
         xp = self.backend.namespace
@@ -167,9 +162,6 @@ class FourierMap:
         most = -(-x.shape[0] // -(-x.shape[0] // most))  # parts of one size
         parts = [apply(xp, x[i : i + most, ...]) for i in range(0, x.shape[0], most)]
         return xp.concat(parts, axis=0)
-
-    def _hand_over(self, tensor: Tensor) -> Any:
-        return self.backend.constant(tensor)
 
     # The matrices of a form, for some frequencies.
 
@@ -204,7 +196,7 @@ class FourierMap:
         most = max(1, _CHUNK // (self.groups * self.rows * self.columns))
         for start in range(0, len(frequencies), most):
             part = slice(start, start + most)
-            yield part, self._hand_over(self._at(frequencies[part]))
+            yield part, self.backend.constant(self._at(frequencies[part]))
 
     # The three forms.
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from frfx import vocabulary
-from frfx.linalg import Dense, Diagonal
+from frfx.linalg import Diagonal
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
-from frfx.rules.base import AffineInversion, Inversion, Rule
+from frfx.rules.base import AffineInversion, AffineRule, Inversion
 
 
 @register_rule(vocabulary.add)
@@ -20,7 +20,7 @@ from frfx.rules.base import AffineInversion, Inversion, Rule
 @register_rule(vocabulary.div)
 @register_rule(vocabulary.neg)
 @dataclass(frozen=True)
-class ScaleRule(Rule):
+class ScaleRule(AffineRule):
     """Arithmetic of an activation with a number or one of the model's tensors.
 
     The shift drops out of `x* = x^ + (y* - y^) / scale`.
@@ -31,8 +31,6 @@ class ScaleRule(Rule):
     """
 
     equation = "Eq. 4 for a diagonal"
-    rcond: float | None = None
-    damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
         if len(op.inputs) != 1:
@@ -48,7 +46,7 @@ class ScaleRule(Rule):
         return None
 
     def build(self, op: Op) -> Inversion:
-        return AffineInversion(op, _scale, Dense(self.rcond, self.damping))
+        return AffineInversion(op, _scale, self.dense)
 
 
 def _scale(op: Op, key: Shape) -> Diagonal:

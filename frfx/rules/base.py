@@ -195,15 +195,32 @@ class Rule(abc.ABC):
 
 @dataclass(frozen=True)
 class AffineRule(Rule):
+    """A rule for an affine op, whose pseudo-inverse may be cut off and damped.
+
+    Attributes:
+        rcond: Singular values up to this share of the largest count as zero; None for the
+            machine epsilon times the larger dimension.
+        damping: Tikhonov's parameter relative to the squared largest singular value; None for 0.
+    """
+
+    rcond: float | None = None
+    damping: float | None = None
+
+    @property
+    def dense(self) -> Dense:
+        """The solver that inverts what is a matrix, or one a dimension."""
+        return Dense(self.rcond, self.damping or 0.0)
+
+
+@dataclass(frozen=True)
+class SolverRule(AffineRule):
     """A rule for an affine op, with a choice of solver.
 
     Attributes:
         solver: ``"dense"``, ``"spectral"`` (convolutions), ``"iterative"``, or ``"auto"``: by
             structure, size and condition number, as the summary says.
-        rcond: Singular values up to this share of the largest count as zero; None for the
-            machine epsilon times the larger dimension.
-        damping: Tikhonov's parameter relative to the squared largest singular value; None for 0,
-            or for what `auto` finds necessary.
+        rcond: See `AffineRule`.
+        damping: See `AffineRule`; None for 0, or for what `auto` finds necessary.
         tolerance: Of the iterative solver: bound on the residual of the normal equations, relative
             by sample.
         max_steps: Of the iterative solver: bound on the steps.
@@ -214,8 +231,6 @@ class AffineRule(Rule):
     """
 
     solver: SolverName = "auto"
-    rcond: float | None = None
-    damping: float | None = None
     tolerance: float = TOLERANCE
     max_steps: int = MAX_STEPS
     memory: float = FACTOR_MEMORY

@@ -10,19 +10,19 @@ from frfx import vocabulary
 from frfx.linalg import Convolution, Transposed
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
-from frfx.rules.base import AffineRule, Inversion, one_input
+from frfx.rules.base import Inversion, SolverRule, one_input
 
 Padding = tuple[tuple[int, int], ...]
 
 
 @register_rule(vocabulary.conv)
 @dataclass(frozen=True)
-class ConvolutionRule(AffineRule):
+class ConvolutionRule(SolverRule):
     """`a* = a^ + A+ (z* - z^)`; without padding, Eq. 19 and 20 in residual form.
 
     There it is `a^ + F^-1[ K^F(u, v)+ F(pad(z* - z^)) ]`, for any stride, dilation and groups. With
     padding the circular model is refined on the convolution itself, where its conditioning allows;
-    `frfx.linalg.auto` has the choice. The options are those of `AffineRule`.
+    `frfx.linalg.auto` has the choice. The options are those of `SolverRule`.
     """
 
     equation = "Eq. 8-20"
@@ -39,11 +39,11 @@ class ConvolutionRule(AffineRule):
 
 @register_rule(vocabulary.conv_transpose)
 @dataclass(frozen=True)
-class TransposedConvolutionRule(AffineRule):
+class TransposedConvolutionRule(SolverRule):
     """`x* = x^ + A+ (y* - y^)` for the transpose of a convolution.
 
     The circular model is the adjoint of the convolution's, and as approximate as with padding. The
-    options are those of `AffineRule`.
+    options are those of `SolverRule`.
     """
 
     equation = "Eq. 4 with the transpose of Eq. 8"

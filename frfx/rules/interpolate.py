@@ -13,7 +13,7 @@ from frfx import vocabulary
 from frfx.linalg import Dense
 from frfx.ops import Op
 from frfx.registry import register_rule
-from frfx.rules.base import Inversion, Rule, one_input
+from frfx.rules.base import AffineRule, Inversion, one_input
 from frfx.rules.pool import adaptive_averages
 from frfx.rules.separable import Dimension, SeparableInversion
 
@@ -54,18 +54,13 @@ class InterpolationInversion(SeparableInversion):
 
 @register_rule(vocabulary.interpolate)
 @dataclass(frozen=True)
-class InterpolateRule(Rule):
+class InterpolateRule(AffineRule):
     """`x* = x^ + A+ (y* - y^)`, where A interpolates dimension by dimension.
 
-    Attributes:
-        rcond: Singular values up to this share of the largest count as zero; None for the
-            machine epsilon times the largest dimension.
-        damping: Tikhonov's parameter relative to the squared largest singular value.
+    The options are those of `AffineRule`.
     """
 
     equation = "Eq. 4-7"
-    rcond: float | None = None
-    damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, *_OPTIONS)  # the size is read off the output
@@ -76,4 +71,4 @@ class InterpolateRule(Rule):
         return None
 
     def build(self, op: Op) -> Inversion:
-        return InterpolationInversion(op, Dense(self.rcond, self.damping))
+        return InterpolationInversion(op, self.dense)

@@ -8,16 +8,16 @@ from frfx import vocabulary
 from frfx.linalg import Matrix
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
-from frfx.rules.base import AffineRule, Inversion, one_input
+from frfx.rules.base import Inversion, SolverRule, one_input
 
 
 @register_rule(vocabulary.linear)
 @dataclass(frozen=True)
-class LinearRule(AffineRule):
+class LinearRule(SolverRule):
     """`x* = x^ + W+ (z* - z^)` with the pseudo-inverse of the weight, whatever its rank.
 
     It is Eq. 6 for a weight of full row rank and Eq. 7 for one of full column rank. The options are
-    those of `AffineRule`.
+    those of `SolverRule`.
     """
 
     equation = "Eq. 4-7"

@@ -14,12 +14,12 @@ from frfx.linalg import Dense, Diagonal
 from frfx.linalg.pseudo_inverse import Spectrum, default_rcond, nbytes, solve_dtype
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
-from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule, one_input
+from frfx.rules.base import AffineInversion, AffineRule, FactoredInversion, Inversion, one_input
 
 
 @register_rule(vocabulary.batch_norm)
 @dataclass(frozen=True)
-class BatchNormRule(Rule):
+class BatchNormRule(AffineRule):
     """`x* = x^ + (y* - y^) / scale` by channel; channels of scale zero keep their value.
 
     Minimal deviation for the affine map that batch norm is once its statistics are fixed.
@@ -30,8 +30,6 @@ class BatchNormRule(Rule):
     """
 
     equation = "Eq. 4 for a diagonal"
-    rcond: float | None = None
-    damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "weight", "running_mean", "running_var")
@@ -42,7 +40,7 @@ class BatchNormRule(Rule):
         return None
 
     def build(self, op: Op) -> Inversion:
-        return _with_running_statistics(op, Dense(self.rcond, self.damping))
+        return _with_running_statistics(op, self.dense)
 
 
 def _with_running_statistics(op: Op, solver: Dense) -> Inversion:
@@ -86,13 +84,12 @@ class NormalizationInversion(FactoredInversion):
 
     Args:
         op: Layer, group, instance or RMS norm.
-        rcond: The cutoff for scales.
-        damping: Tikhonov's parameter relative to the squared largest scale.
+        solver: Has the cutoff and the damping for scales.
     """
 
-    def __init__(self, op: Op, rcond: float | None, damping: float) -> None:
+    def __init__(self, op: Op, solver: Dense) -> None:
         super().__init__(op)
-        self.rcond, self.damping = rcond, damping
+        self.rcond, self.damping = solver.rcond, solver.damping
         self.groups = op.arguments.get("num_groups")
         shape = op.arguments.get("normalized_shape")
         self.row_dims = len(shape) if isinstance(shape, (tuple, list)) else 1
@@ -218,7 +215,7 @@ _ROUNDINGS = 16
 @register_rule(vocabulary.instance_norm)
 @register_rule(vocabulary.rms_norm)
 @dataclass(frozen=True)
-class NormalizationRule(Rule):
+class NormalizationRule(AffineRule):
     """Layer, group, instance and RMS norm, `y = w n(x) + b` over each row of a sample.
 
     With statistics ``"forward"``, mean and variance are held at their forward values, so that the
@@ -245,8 +242,6 @@ class NormalizationRule(Rule):
 
     equation = "Eq. 4"
     statistics: Literal["forward", "free"] = "forward"
-    rcond: float | None = None
-    damping: float = 0.0
 
     def __post_init__(self) -> None:
         if self.statistics not in ("forward", "free"):
@@ -266,9 +261,9 @@ class NormalizationRule(Rule):
 
     def build(self, op: Op) -> Inversion:
         if op.type is vocabulary.instance_norm and _runs(op):
-            return _with_running_statistics(op, Dense(self.rcond, self.damping))
+            return _with_running_statistics(op, self.dense)
         kind = HeldStatistics if self.statistics == "forward" else FreeStatistics
-        return kind(op, self.rcond, self.damping)
+        return kind(op, self.dense)
 
 
 def _runs(op: Op) -> bool:

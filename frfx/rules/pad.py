@@ -11,7 +11,7 @@ from frfx import vocabulary
 from frfx.linalg import Dense
 from frfx.ops import Op
 from frfx.registry import register_rule
-from frfx.rules.base import Inversion, Rule, one_input
+from frfx.rules.base import AffineRule, Inversion, one_input
 from frfx.rules.separable import Dimension, SeparableInversion, equal_singular_values
 
 
@@ -54,20 +54,15 @@ class CopyPadInversion(SeparableInversion):
 
 @register_rule(vocabulary.pad)
 @dataclass(frozen=True)
-class PadRule(Rule):
+class PadRule(AffineRule):
     """`x* = x^ + A+ (y* - y^)`: the mean of what is asked of an entry and of its copies.
 
     Constants that are added drop out, and entries that are cropped off keep their values.
 
-    Attributes:
-        rcond: Singular values up to this share of the largest count as zero; None for the
-            machine epsilon times the largest dimension.
-        damping: Tikhonov's parameter relative to the squared largest singular value.
+    The options are those of `AffineRule`.
     """
 
     equation = "Eq. 4-7"
-    rcond: float | None = None
-    damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "pad", "padding", "mode")
@@ -79,6 +74,6 @@ class PadRule(Rule):
 
     def build(self, op: Op) -> Inversion:
         if op.arguments["mode"] == "constant":
-            factor = equal_singular_values(self.rcond, self.damping)
+            factor = equal_singular_values(self.dense)
             return ConstantPadInversion(_margins(op), factor)
-        return CopyPadInversion(op, Dense(self.rcond, self.damping))
+        return CopyPadInversion(op, self.dense)

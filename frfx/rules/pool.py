@@ -13,7 +13,7 @@ from frfx.linalg import Dense, Factor
 from frfx.linalg.pseudo_inverse import Spectrum, solve_dtype
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
-from frfx.rules.base import Inversion, Rule, one_input, spans_batch
+from frfx.rules.base import AffineRule, Inversion, one_input, spans_batch
 from frfx.rules.separable import Dimension, SeparableInversion, equal_singular_values
 from frfx.rules.windows import spatial_dims
 
@@ -64,7 +64,7 @@ def _spread(kernel: tuple[int, ...], divisor: float, key: Shape, solver: Dense) 
     """
     count, dims = math.prod(kernel), len(kernel)
     singular = math.sqrt(count) / abs(divisor)
-    left = equal_singular_values(solver.rcond, solver.damping)
+    left = equal_singular_values(solver)
     sizes = zip(key[:dims], key[dims:], kernel, strict=True)
     beyond = tuple(size - onto * window for size, onto, window in sizes)
     return Spread(kernel, beyond, left * divisor / count, Spectrum(singular, singular, left == 0))
@@ -113,28 +113,23 @@ class AverageInversion(SeparableInversion):
 
 @register_rule(vocabulary.avg_pool)
 @dataclass(frozen=True)
-class AvgPoolRule(Rule):
+class AvgPoolRule(AffineRule):
     """`x* = x^ + A+ (y* - y^)`, whether windows overlap, are padded or reach beyond the image.
 
     Average pooling is a matrix a spatial dimension, and so is its pseudo-inverse. Where windows
     tile the image, each just shifts by the deviation of its mean.
 
-    Attributes:
-        rcond: Singular values up to this share of the largest count as zero; None for the
-            machine epsilon times the largest dimension.
-        damping: Tikhonov's parameter relative to the squared largest singular value.
+    The options are those of `AffineRule`.
     """
 
     equation = "Eq. 4-7"
-    rcond: float | None = None
-    damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
         windows = ("kernel_size", "stride", "padding")
         return one_input(op, *windows, "ceil_mode", "count_include_pad", "divisor_override")
 
     def build(self, op: Op) -> Inversion:
-        return AverageInversion(op, Dense(self.rcond, self.damping))
+        return AverageInversion(op, self.dense)
 
 
 class AdaptiveInversion(SeparableInversion):
@@ -161,24 +156,19 @@ def adaptive_averages(dim: Dimension) -> Tensor:
 
 @register_rule(vocabulary.adaptive_avg_pool)
 @dataclass(frozen=True)
-class AdaptiveAvgPoolRule(Rule):
+class AdaptiveAvgPoolRule(AffineRule):
     """`x* = x^ + A+ (y* - y^)` for outputs of any size, smaller or larger than the image.
 
-    Attributes:
-        rcond: Singular values up to this share of the largest count as zero; None for the
-            machine epsilon times the largest dimension.
-        damping: Tikhonov's parameter relative to the squared largest singular value.
+    The options are those of `AffineRule`.
     """
 
     equation = "Eq. 4-7"
-    rcond: float | None = None
-    damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
         return one_input(op)
 
     def build(self, op: Op) -> Inversion:
-        return AdaptiveInversion(op, Dense(self.rcond, self.damping))
+        return AdaptiveInversion(op, self.dense)
 
 
 class SpreadMean(Inversion):
@@ -205,7 +195,7 @@ class SpreadMean(Inversion):
 
 @register_rule(vocabulary.mean)
 @dataclass(frozen=True)
-class MeanRule(Rule):
+class MeanRule(AffineRule):
     """`x* = x^ + A+ (y* - y^)`: all entries shift by the deviation of their mean.
 
     Attributes:
@@ -214,8 +204,6 @@ class MeanRule(Rule):
     """
 
     equation = "Eq. 4"
-    rcond: float | None = None
-    damping: float = 0.0
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "dim", "keepdim")
@@ -227,7 +215,7 @@ class MeanRule(Rule):
         return None
 
     def build(self, op: Op) -> Inversion:
-        factor = equal_singular_values(self.rcond, self.damping)
+        factor = equal_singular_values(self.dense)
         return SpreadMean(_mean_dims(op), op.arguments["keepdim"], factor)
 
 

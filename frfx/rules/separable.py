@@ -94,9 +94,9 @@ class SeparableInversion(AffineInversion):
         return Separable(tuple(map(self.matrix, dimensions)), self.like.dtype)
 
 
-def equal_singular_values(rcond: float | None, damping: float) -> float:
+def equal_singular_values(solver: Dense) -> float:
     """Return the share of the pseudo-inverse that is left of it by cutoff and damping.
 
     For an op whose singular values are all the same: windows that tile the image, copies.
     """
-    return 0.0 if rcond is not None and rcond >= 1 else 1 / (1 + damping)
+    return 0.0 if solver.rcond is not None and solver.rcond >= 1 else 1 / (1 + solver.damping)
