@@ -159,7 +159,7 @@ def test_rcond_and_damping_may_be_none():
     for op in model[:4]:
         free = free.override(op=type(op), damping=None)
     assert torch.equal(
-        frfx.invert(model, "input", policy=free)(x, target), frfx.invert(model, 0)(x, target)
+        frfx.invert(model, "input", policy=free)(x, target), frfx.invert(model, "input")(x, target)
     )
     with pytest.raises(frfx.PolicyError, match="label_margin is a finite number"):
         policy.paper(label_margin=None)
