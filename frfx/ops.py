@@ -22,11 +22,13 @@ class OpType:
         signature: The canonical arguments in positional order. A module's attributes of the same
             names are its arguments.
         parametric: Whether the op opens a layer as the paper counts them.
+        several: Whether the op returns a tuple, of which programs take parts by `getitem`.
     """
 
     name: str
     signature: inspect.Signature
     parametric: bool = False
+    several: bool = False
 
     def __repr__(self) -> str:
         return f"OpType({self.name!r})"
@@ -49,6 +51,7 @@ def define(
     spellings: Iterable[Hashable],
     *,
     parametric: bool = False,
+    several: bool = False,
 ) -> OpType:
     """Create an op type and enter its spellings.
 
@@ -58,8 +61,9 @@ def define(
             of the same names are its arguments. Names with a leading underscore are passed over.
         spellings: Module classes, functions, method names and ATen overloads.
         parametric: Whether the op opens a layer.
+        several: Whether the op returns a tuple.
     """
-    op_type = OpType(name, _parse(signature), parametric)
+    op_type = OpType(name, _parse(signature), parametric, several)
     spell(op_type, spellings)
     return op_type
 
@@ -128,13 +132,16 @@ class Op:
         name: The fx node's name.
         path: The node's name as torchvision's feature extraction spells it.
         spelling: The module class, function, method name or ATen overload that the program uses.
-        inputs: The arguments that hold activations: canonical name to fx node name.
+        inputs: The arguments that hold activations: canonical name to fx node name. Elements of a
+            list are named ``tensors[0]``, ``tensors[1]``, ...
         arguments: The constant arguments by canonical name.
         computed: Names of tensor arguments that the graph computes, so no rule can read them.
         module: The module that the node calls, if it calls one.
         tensor_of: The model's tensors among the arguments; each value reads the tensor anew.
         input_shapes: Shapes of the activations that come in, without the batch; None until known.
-        output_shape: Shape of what comes out, without the batch; None until known.
+        output_shape: Shape of what comes out, without the batch; None until known, and for ops
+            that return several tensors.
+        held: The names among `inputs` that the layer does not reach: they stay as they are.
     """
 
     type: OpType | None
@@ -148,6 +155,12 @@ class Op:
     tensor_of: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     input_shapes: tuple[Shape, ...] | None = None
     output_shape: Shape | None = None
+    held: frozenset[str] = frozenset()
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The names among `inputs` of what is reconstructed."""
+        return tuple(name for name in self.inputs if name not in self.held)
 
     def tensor(self, name: str) -> Tensor | None:
         """Return the model's tensor that is the argument `name` now, detached, or None."""

@@ -36,12 +36,14 @@ class Inversion(nn.Module, abc.ABC):
         """Return the inputs that the op should have had.
 
         Args:
-            target: `y*`, what the op should have given.
+            target: `y*`, what the op should have given; a tuple for an op that returns one.
             output: `y^`, what it gave.
-            *inputs: `x^`, what it was given.
+            *inputs: `x^`, the activations that it was given, in the order of `op.inputs`, held
+                ones among them.
 
         Returns:
-            `x*`, of the shape of the input; a tuple for an op of several inputs.
+            `x*` for the free input of the op, of its shape; a tuple in the order of `op.free` for
+            an op of several free inputs.
         """
 
 
