@@ -258,6 +258,33 @@ div = define(
 )
 neg = define("neg", "input", [operator.neg, torch.neg, "neg", aten.neg.default])
 
+matmul = define(
+    "matmul",
+    "input, other",
+    [operator.matmul, torch.matmul, torch.linalg.matmul, "matmul", aten.matmul.default],
+)
+spell(
+    matmul,
+    [torch.mm, torch.bmm, "mm", "bmm", aten.mm.default, aten.bmm.default],
+    "input, mat2",
+)
+addmm = define(
+    "addmm",
+    "input, mat1, mat2, beta=1, alpha=1",
+    [torch.addmm, "addmm", aten.addmm.default],
+)
+spell(
+    addmm,
+    [torch.baddbmm, "baddbmm", aten.baddbmm.default],
+    "input, batch1, batch2, beta=1, alpha=1",
+)
+einsum = define(
+    "einsum",
+    "equation, left, right=None, *others, **_",
+    [torch.einsum],
+)
+spell(einsum, [aten.einsum.default], "equation, left, path=None")
+
 argmax = define(
     "argmax",
     "input, dim=None, keepdim=False, **_",

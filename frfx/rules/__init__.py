@@ -9,6 +9,7 @@ from frfx.rules.activation import (
 )
 from frfx.rules.affine import ScaleRule
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
+from frfx.rules.bilinear import BilinearRule
 from frfx.rules.conv import ConvolutionRule
 from frfx.rules.interpolate import InterpolateRule
 from frfx.rules.label import (
@@ -33,6 +34,7 @@ __all__ = [
     "AffineInversion",
     "AvgPoolRule",
     "BatchNormRule",
+    "BilinearRule",
     "ChannelShuffleRule",
     "ConvolutionRule",
     "ElementwiseRule",
