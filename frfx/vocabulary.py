@@ -291,6 +291,19 @@ einsum = define(
     [torch.einsum],
 )
 spell(einsum, [aten.einsum.default], "equation, left, path=None")
+scaled_dot_product_attention = define(
+    "scaled_dot_product_attention",
+    "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, "
+    "enable_gqa=False",
+    [F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default],
+)
+multi_head_attention = define(
+    "multi_head_attention",
+    "query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, "
+    "average_attn_weights=True, is_causal=False",
+    [nn.MultiheadAttention],
+    several=True,
+)
 
 argmax = define(
     "argmax",

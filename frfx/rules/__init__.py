@@ -8,6 +8,7 @@ from frfx.rules.activation import (
     register_elementwise,
 )
 from frfx.rules.affine import ScaleRule
+from frfx.rules.attention import AttentionRule, MultiheadAttentionRule
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
 from frfx.rules.bilinear import BilinearRule
 from frfx.rules.conv import ConvolutionRule
@@ -32,6 +33,7 @@ from frfx.rules.shuffle import ChannelShuffleRule, PixelShuffleRule, PixelUnshuf
 __all__ = [
     "AdaptiveAvgPoolRule",
     "AffineInversion",
+    "AttentionRule",
     "AvgPoolRule",
     "BatchNormRule",
     "BilinearRule",
@@ -47,6 +49,7 @@ __all__ = [
     "MaxPoolMinimalRule",
     "MaximumAssignmentRule",
     "MeanRule",
+    "MultiheadAttentionRule",
     "NearestEmbeddingRule",
     "NormalizationRule",
     "OneHotRule",
