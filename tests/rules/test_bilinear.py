@@ -331,7 +331,7 @@ REFUSED = {
         "its right is computed in the graph, not read from the model",
     ),
     "computed alpha": (
-        lambda x, w: torch.addmm(w, x, w, alpha=x.size(0)),
+        lambda x, w: w.addmm(x, w, alpha=x.size(0)),
         vocabulary.addmm,
         "its alpha or beta is computed in the graph, not read from the model",
     ),
