@@ -22,7 +22,7 @@ from oracles import (
 
 import frfx
 from frfx import vocabulary
-from frfx.rules import BilinearRule
+from frfx.rules import BilinearRule, ScaleRule
 
 seeds = st.integers(0, 2**31)
 sizes = st.integers(1, 5)
@@ -368,3 +368,18 @@ def test_refused(case):
 def test_an_unknown_side_to_hold():
     with pytest.raises(frfx.PolicyError, match="hold is 'left' or 'right', not 'both'"):
         BilinearRule(hold="both")
+
+
+def test_compiles_without_a_graph_break():
+    a, b, target = normal(0, 2, 3, 5), normal(1, 2, 5, 4), normal(2, 2, 3, 4)
+    inversion = BilinearRule().build(bound(torch.matmul, vocabulary.matmul))
+    compiled = torch.compile(inversion, backend="aot_eager", fullgraph=True)
+    expected = inversion(target, a @ b, a, b)
+    torch.testing.assert_close(compiled(target, a @ b, a, b), expected)
+
+
+def test_other_rules_reconstruct_every_free_input():
+    op = bound(torch.add, vocabulary.add)
+    assert ScaleRule().reconstructs(op) == ("input", "other")
+    held = bound(torch.add, vocabulary.add, held=["input"])
+    assert ScaleRule().reconstructs(held) == ("other",)
