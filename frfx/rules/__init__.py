@@ -7,7 +7,6 @@ from frfx.rules.activation import (
     SinPaperRule,
     register_elementwise,
 )
-from frfx.rules.affine import ScaleRule
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
 from frfx.rules.conv import ConvolutionRule
 from frfx.rules.interpolate import InterpolateRule
@@ -25,8 +24,10 @@ from frfx.rules.max_pool import MaxPoolCopyRule, MaxPoolMinimalRule
 from frfx.rules.norm import BatchNormRule, NormalizationRule
 from frfx.rules.pad import PadRule
 from frfx.rules.pool import AdaptiveAvgPoolRule, AvgPoolRule, MeanRule
+from frfx.rules.product import ProductRule, QuotientRule
 from frfx.rules.shape import IdentityRule, PermuteRule, ReshapeRule, TransposeRule
 from frfx.rules.shuffle import ChannelShuffleRule, PixelShuffleRule, PixelUnshuffleRule
+from frfx.rules.sum import SumRule
 
 __all__ = [
     "AdaptiveAvgPoolRule",
@@ -53,12 +54,14 @@ __all__ = [
     "PermuteRule",
     "PixelShuffleRule",
     "PixelUnshuffleRule",
+    "ProductRule",
+    "QuotientRule",
     "ReluIdentityRule",
     "ReshapeRule",
     "Rule",
-    "ScaleRule",
     "SinPaperRule",
     "SoftmaxRule",
+    "SumRule",
     "TransposeRule",
     "maximum_assignment",
     "nearest_embedding",

@@ -247,8 +247,8 @@ class SolverRule(AffineRule):
     unconverged: Unconverged = "warn"
 
     def __post_init__(self) -> None:
-        _check_choice("solver", self.solver, SOLVERS)
-        _check_choice("unconverged", self.unconverged, ("warn", "raise", "ignore"))
+        check_choice("solver", self.solver, SOLVERS)
+        check_choice("unconverged", self.unconverged, ("warn", "raise", "ignore"))
         if self.solver == "iterative" and self.rcond is not None:
             raise PolicyError(
                 f"solver='iterative' cannot cut singular values off, as rcond={self.rcond!r} asks: "
@@ -272,7 +272,8 @@ class SolverRule(AffineRule):
         return AffineInversion(op, operator, solver, key, self.unconverged)
 
 
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `PolicyError` for a value of an option that is none of the choices."""
     if value not in choices:
         shown = ", ".join(map(repr, choices))
         raise PolicyError(f"{option}={value!r} is none of {shown}")
