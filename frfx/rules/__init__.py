@@ -10,6 +10,7 @@ from frfx.rules.activation import (
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
 from frfx.rules.conv import ConvolutionRule
 from frfx.rules.interpolate import InterpolateRule
+from frfx.rules.join import CatRule, SplitRule, StackRule
 from frfx.rules.label import (
     MaximumAssignmentRule,
     NearestEmbeddingRule,
@@ -25,7 +26,19 @@ from frfx.rules.norm import BatchNormRule, NormalizationRule
 from frfx.rules.pad import PadRule
 from frfx.rules.pool import AdaptiveAvgPoolRule, AvgPoolRule, MeanRule
 from frfx.rules.product import ProductRule, QuotientRule
-from frfx.rules.shape import IdentityRule, PermuteRule, ReshapeRule, TransposeRule
+from frfx.rules.repeat import RepeatRule
+from frfx.rules.select import SelectRule
+from frfx.rules.shape import (
+    CastRule,
+    FlipRule,
+    IdentityRule,
+    MovedimRule,
+    PermuteRule,
+    ReshapeRule,
+    RollRule,
+    Rot90Rule,
+    TransposeRule,
+)
 from frfx.rules.shuffle import ChannelShuffleRule, PixelShuffleRule, PixelUnshuffleRule
 from frfx.rules.sum import SumRule
 
@@ -34,10 +47,13 @@ __all__ = [
     "AffineInversion",
     "AvgPoolRule",
     "BatchNormRule",
+    "CastRule",
+    "CatRule",
     "ChannelShuffleRule",
     "ConvolutionRule",
     "ElementwiseRule",
     "FactoredInversion",
+    "FlipRule",
     "IdentityRule",
     "InterpolateRule",
     "Inversion",
@@ -46,6 +62,7 @@ __all__ = [
     "MaxPoolMinimalRule",
     "MaximumAssignmentRule",
     "MeanRule",
+    "MovedimRule",
     "NearestEmbeddingRule",
     "NormalizationRule",
     "OneHotRule",
@@ -57,10 +74,16 @@ __all__ = [
     "ProductRule",
     "QuotientRule",
     "ReluIdentityRule",
+    "RepeatRule",
     "ReshapeRule",
+    "RollRule",
+    "Rot90Rule",
     "Rule",
+    "SelectRule",
     "SinPaperRule",
     "SoftmaxRule",
+    "SplitRule",
+    "StackRule",
     "SumRule",
     "TransposeRule",
     "maximum_assignment",
