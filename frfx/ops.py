@@ -161,8 +161,10 @@ class Op:
         spelling: The module class, function, method name or ATen overload that the program uses.
         inputs: The arguments that hold activations: canonical name to fx node name. Elements of a
             list are named ``tensors[0]``, ``tensors[1]``, ...
-        arguments: The constant arguments by canonical name.
-        computed: Names of tensor arguments that the graph computes, so no rule can read them.
+        arguments: The constant arguments by canonical name. In a sequence, what the graph holds
+            is named: ``("tensors[0]", "tensors[1]")``.
+        computed: Names of arguments that the graph computes, so no rule can read them; beside an
+            element of a sequence, the sequence.
         module: The module that the node calls, if it calls one.
         tensor_of: The model's tensors among the arguments; each value reads the tensor anew.
         input_shapes: Shapes of the activations that come in, without the batch; None until known.
