@@ -237,6 +237,13 @@ def test_einsum_of_a_list(function):
     assert relative(found, minimal_affine_preimage(lambda b: a @ b, b, target)) < 1e-11
 
 
+@pytest.mark.parametrize("einsum", [torch.einsum, torch.ops.aten.einsum.default], ids=str)
+def test_einsum_of_a_list_with_a_parameter(einsum):
+    x, w, target = normal(0, 2, 3), normal(1, 3, 4), normal(2, 2, 4)
+    found = reconstruct(lambda x, w: einsum("ij,jk", [x, w]), x, target, w=w)
+    assert relative(found, minimal_affine_preimage(lambda x: x @ w, x, target)) < 1e-11
+
+
 @given(seed=seeds, shape=st.tuples(sizes, sizes, sizes), rank=st.integers(0, 3))
 def test_the_forward_output_as_target_leaves_the_input(seed, shape, rank):
     m, k, n = shape
@@ -339,6 +346,11 @@ REFUSED = {
         lambda x, w: torch.addmm(x, w, w),
         vocabulary.addmm,
         "it would have to reconstruct its input, which it does not multiply",
+    ),
+    "computed operand in a list": (
+        lambda x, w: torch.ops.aten.einsum.default("ij,jk", [x, w.exp()]),
+        vocabulary.einsum,
+        "its left[1] is computed in the graph, not read from the model",
     ),
     "diagonal": (
         lambda x, w: torch.einsum("ii,ij", x, w),
