@@ -13,8 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from frfx import ops
 from frfx.compiler.constants import keep_constants, scratch_to_trace
-from frfx.compiler.view import redirect
 from frfx.errors import TraceError
+from frfx.view import redirect
 
 
 def trace_symbolically(view: nn.Module) -> fx.Graph:

@@ -12,8 +12,8 @@ from frfx.compiler.export import trace_by_export
 from frfx.compiler.functional import functionalize
 from frfx.compiler.names import qualified_names
 from frfx.compiler.symbolic import input_name, trace_symbolically
-from frfx.compiler.view import scratch_view
 from frfx.errors import InputError, TraceError, first_line
+from frfx.view import scratch_view
 
 
 @dataclass(frozen=True)

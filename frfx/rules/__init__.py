@@ -25,6 +25,7 @@ from frfx.rules.max_pool import MaxPoolCopyRule, MaxPoolMinimalRule
 from frfx.rules.norm import BatchNormRule, NormalizationRule
 from frfx.rules.pad import PadRule
 from frfx.rules.pool import AdaptiveAvgPoolRule, AvgPoolRule, MeanRule
+from frfx.rules.region import RegionRule
 from frfx.rules.shape import IdentityRule, PermuteRule, ReshapeRule, TransposeRule
 from frfx.rules.shuffle import ChannelShuffleRule, PixelShuffleRule, PixelUnshuffleRule
 
@@ -53,6 +54,7 @@ __all__ = [
     "PermuteRule",
     "PixelShuffleRule",
     "PixelUnshuffleRule",
+    "RegionRule",
     "ReluIdentityRule",
     "ReshapeRule",
     "Rule",
