@@ -75,24 +75,30 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
     constants: dict[str, Any] = {}
     computed: list[str] = []
     tensor_of: dict[str, Callable[[], Tensor]] = {}
-    for name, value in values.items():
+
+    def enter(name: str, value: Any) -> None:
         if isinstance(value, fx.Node) and value in live:
             inputs[name] = value.name
         elif _is_tensor(value, traced.root):
             tensor_of[name] = functools.partial(_read, traced.root, str(value.target))
         elif isinstance(value, Tensor) and module is not None:
             tensor_of[name] = functools.partial(_read, module, name)
-        elif isinstance(value, fx.Node):
-            computed.append(name)
-        elif isinstance(value, (list, tuple)) and any(isinstance(v, fx.Node) for v in value):
-            inputs |= {
-                f"{name}[{i}]": v.name
-                for i, v in enumerate(value)
-                if isinstance(v, fx.Node) and v in live
-            }
+        elif _holds_nodes(value):  # is one, or a slice from or to one
             computed.append(name)
         else:
             constants[name] = value
+
+    for name, value in values.items():
+        if not isinstance(value, (list, tuple)) or not _holds_nodes(value):
+            enter(name, value)
+            continue
+        elements = {f"{name}[{i}]": element for i, element in enumerate(value)}
+        held = {key: element for key, element in elements.items() if _holds_nodes(element)}
+        for key, element in held.items():
+            enter(key, element)
+        constants[name] = tuple(key if key in held else value for key, value in elements.items())
+        if not held.keys().isdisjoint(computed):
+            computed.append(name)
     return Op(
         type=entry.type if entry else None,
         name=node.name,
@@ -136,6 +142,13 @@ def _arguments(
             default = None if parameter.default is parameter.empty else parameter.default
             given[name] = getattr(module, name, default)
     return given
+
+
+def _holds_nodes(value: Any) -> bool:
+    """Tell whether a value is a node, or a sequence or slice with nodes inside."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, found.append)
+    return bool(found)
 
 
 def _is_tensor(value: Any, root: nn.Module) -> bool:

@@ -7,10 +7,10 @@ from frfx.rules.activation import (
     SinPaperRule,
     register_elementwise,
 )
-from frfx.rules.affine import ScaleRule
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
 from frfx.rules.conv import ConvolutionRule
 from frfx.rules.interpolate import InterpolateRule
+from frfx.rules.join import CatRule, SplitRule, StackRule
 from frfx.rules.label import (
     MaximumAssignmentRule,
     NearestEmbeddingRule,
@@ -25,19 +25,36 @@ from frfx.rules.max_pool import MaxPoolCopyRule, MaxPoolMinimalRule
 from frfx.rules.norm import BatchNormRule, NormalizationRule
 from frfx.rules.pad import PadRule
 from frfx.rules.pool import AdaptiveAvgPoolRule, AvgPoolRule, MeanRule
+from frfx.rules.product import ProductRule, QuotientRule
 from frfx.rules.region import RegionRule
-from frfx.rules.shape import IdentityRule, PermuteRule, ReshapeRule, TransposeRule
+from frfx.rules.repeat import RepeatRule
+from frfx.rules.select import SelectRule
+from frfx.rules.shape import (
+    CastRule,
+    FlipRule,
+    IdentityRule,
+    MovedimRule,
+    PermuteRule,
+    ReshapeRule,
+    RollRule,
+    Rot90Rule,
+    TransposeRule,
+)
 from frfx.rules.shuffle import ChannelShuffleRule, PixelShuffleRule, PixelUnshuffleRule
+from frfx.rules.sum import SumRule
 
 __all__ = [
     "AdaptiveAvgPoolRule",
     "AffineInversion",
     "AvgPoolRule",
     "BatchNormRule",
+    "CastRule",
+    "CatRule",
     "ChannelShuffleRule",
     "ConvolutionRule",
     "ElementwiseRule",
     "FactoredInversion",
+    "FlipRule",
     "IdentityRule",
     "InterpolateRule",
     "Inversion",
@@ -46,6 +63,7 @@ __all__ = [
     "MaxPoolMinimalRule",
     "MaximumAssignmentRule",
     "MeanRule",
+    "MovedimRule",
     "NearestEmbeddingRule",
     "NormalizationRule",
     "OneHotRule",
@@ -54,13 +72,21 @@ __all__ = [
     "PermuteRule",
     "PixelShuffleRule",
     "PixelUnshuffleRule",
+    "ProductRule",
+    "QuotientRule",
     "RegionRule",
     "ReluIdentityRule",
+    "RepeatRule",
     "ReshapeRule",
+    "RollRule",
+    "Rot90Rule",
     "Rule",
-    "ScaleRule",
+    "SelectRule",
     "SinPaperRule",
     "SoftmaxRule",
+    "SplitRule",
+    "StackRule",
+    "SumRule",
     "TransposeRule",
     "maximum_assignment",
     "nearest_embedding",

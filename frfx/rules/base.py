@@ -53,6 +53,21 @@ class Inversion(nn.Module, abc.ABC):
             `rule.reconstructs(op)` if there are several.
         """
 
+    def share(self, *inputs: Tensor) -> Tensor | None:
+        """Return which entries of the input the answer speaks for; None for all of them.
+
+        Where several ops read one value, an entry that a selection leaves out follows the others'
+        answers alone.
+
+        Args:
+            *inputs: As `forward` takes them.
+
+        Returns:
+            How often the op reads each entry, of a shape that broadcasts to the input's.
+        """
+        del inputs
+        return None
+
 
 class Prepared(Protocol):
     """What a factored inversion makes once: a solver's factor, or anything that knows its size."""

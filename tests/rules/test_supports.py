@@ -124,17 +124,16 @@ COMPILED = {
     ),
     "active dropout2d": (lambda x: F.dropout2d(x), "it drops at random in evaluation mode, too"),
     # Arithmetic
-    "x + x": (lambda x: x + x, "it combines x and x: a branch"),
     "x + tanh x": (lambda x: x + torch.tanh(x), "it merges x, tanh: a branch"),
     "read twice": (lambda x: x + torch.tanh(x), "read by several ops (tanh, add): a branch"),
     "computed operand": (
-        lambda x, w: x + w.exp(),
+        lambda x, w: x * w.exp(),
         "its other operand is computed in the graph, not read from the model",
         {"w": torch.ones(3)},
     ),
     "computed alpha": (
         lambda x, w: torch.add(x, w, alpha=x.size(1)),
-        "its other operand is computed in the graph, not read from the model",
+        "its alpha is computed in the graph or a tensor, not a number of the program",
         {"w": torch.ones(3)},
     ),
     "1 / x": (lambda x: 1 / x, "it divides by the activation, which is not affine"),
@@ -244,10 +243,10 @@ CALLED = {
         "its input has no batch dimension: 3 -> 3",
     ),
     "broadcast": (
-        lambda x, w: x + w,
+        lambda x, w: x * w,
         (2, 3, 1),
-        "it broadcasts the activation to a larger shape",
-        {"w": torch.ones(3, 4)},
+        "it broadcasts an activation to more dimensions, so its samples are not the result's",
+        {"w": torch.ones(5, 2, 3, 4)},
     ),
     "mean of the batch, counted from the end": (
         lambda x: x.mean(-2, keepdim=True),
