@@ -341,6 +341,46 @@ div = define(
 )
 neg = define("neg", "input", [operator.neg, torch.neg, "neg", aten.neg.default])
 
+matmul = define(
+    "matmul",
+    "input, other",
+    [operator.matmul, torch.matmul, torch.linalg.matmul, "matmul", aten.matmul.default],
+)
+spell(
+    matmul,
+    [torch.mm, torch.bmm, "mm", "bmm", aten.mm.default, aten.bmm.default],
+    "input, mat2",
+)
+addmm = define(
+    "addmm",
+    "input, mat1, mat2, beta=1, alpha=1",
+    [torch.addmm, "addmm", aten.addmm.default],
+)
+spell(
+    addmm,
+    [torch.baddbmm, "baddbmm", aten.baddbmm.default],
+    "input, batch1, batch2, beta=1, alpha=1",
+)
+einsum = define(
+    "einsum",
+    "equation, left, right=None, *others, **_",
+    [torch.einsum],
+)
+spell(einsum, [aten.einsum.default], "equation, left, path=None")
+scaled_dot_product_attention = define(
+    "scaled_dot_product_attention",
+    "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, "
+    "enable_gqa=False",
+    [F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default],
+)
+multi_head_attention = define(
+    "multi_head_attention",
+    "query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, "
+    "average_attn_weights=True, is_causal=False",
+    [nn.MultiheadAttention],
+    several=True,
+)
+
 argmax = define(
     "argmax",
     "input, dim=None, keepdim=False, **_",

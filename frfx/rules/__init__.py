@@ -7,7 +7,9 @@ from frfx.rules.activation import (
     SinPaperRule,
     register_elementwise,
 )
+from frfx.rules.attention import AttentionRule, MultiheadAttentionRule
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
+from frfx.rules.bilinear import BilinearRule
 from frfx.rules.conv import ConvolutionRule
 from frfx.rules.interpolate import InterpolateRule
 from frfx.rules.join import CatRule, SplitRule, StackRule
@@ -46,8 +48,10 @@ from frfx.rules.sum import SumRule
 __all__ = [
     "AdaptiveAvgPoolRule",
     "AffineInversion",
+    "AttentionRule",
     "AvgPoolRule",
     "BatchNormRule",
+    "BilinearRule",
     "CastRule",
     "CatRule",
     "ChannelShuffleRule",
@@ -64,6 +68,7 @@ __all__ = [
     "MaximumAssignmentRule",
     "MeanRule",
     "MovedimRule",
+    "MultiheadAttentionRule",
     "NearestEmbeddingRule",
     "NormalizationRule",
     "OneHotRule",
