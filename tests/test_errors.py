@@ -601,7 +601,7 @@ class Constant(nn.Module):
     [
         (
             Pair(),
-            "the model returns more than one tensor; wrap it in a module that returns the one",
+            "the model returns several tensors (0, 1): name the one to start from, as in output=0",
         ),
         (Constant(), "the model's output does not depend on its input"),
     ],

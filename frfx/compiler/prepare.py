@@ -248,9 +248,7 @@ class Preparation(nn.Module):
             return target
         if not self.plan.takes_scores:
             raise TargetError("the network ends in argmax: give integer labels")
-        output = self.traced.output
-        assert output is not None
-        expected = (batch, *shapes[output])
+        expected = (batch, *shapes[self.traced.output])
         if tuple(target.shape) != expected:
             raise TargetError(
                 f"a float target has the shape of the output, {expected}, not "

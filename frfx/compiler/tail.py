@@ -94,13 +94,7 @@ class Network:
     """The data flow of a traced model: activations as nodes, their use as edges."""
 
     def __init__(self, traced: Traced) -> None:
-        output = traced.output
-        if output is None:
-            raise LayerError(
-                "the model returns more than one tensor; wrap it in a module that returns the one "
-                "to start from"
-            )
-        self.traced, self.output = traced, output
+        self.traced, self.output = traced, (output := traced.output)
         self.live = live_nodes(traced.graph)
         self.flow: nx.DiGraph = nx.DiGraph()
         self.flow.add_node(traced.input)
