@@ -44,11 +44,13 @@ class Plan:
         steps: The inversions in the order of the walk back.
         tail: What they invert.
         takes_scores: Whether a float target is meaningful: the network does not end in argmax.
+        class_dim: The dimension of the logits that holds the classes.
     """
 
     steps: tuple[Step, ...]
     tail: Tail
     takes_scores: bool
+    class_dim: int
 
     def check(self, shapes: Mapping[fx.Node, Shape], hooked: Collection[fx.Node]) -> None:
         """Ask every rule again, now that the forward pass has run.
@@ -115,7 +117,7 @@ def make_plan(
             steps.append(Step(op, rule, node, inputs))
 
     # Labels pass through softmax, and are embedded at the logits.
-    embedding: tuple[Op, fx.Node | None] = (_unsaid_argmax(tail.logits), None)
+    embedding: tuple[Op, fx.Node | None] = (_unsaid_argmax(tail.logits, network.class_dim()), None)
     for node in reversed(beyond):
         op = bind(node, traced, network.live)
         if op.type is vocabulary.argmax:
@@ -133,17 +135,17 @@ def make_plan(
         raise UnsupportedOpsError(sorted(problems, key=lambda p: order.get(p.path, len(order))))
     policy.check_nodes({s.op.path for s in steps} | {s.op.name for s in steps})
     steps += [Step(op, rule, end, inputs) for op, rule, end, inputs in joint]
-    return Plan(tuple(steps), below, takes_scores=not ends_in_argmax)
+    return Plan(tuple(steps), below, not ends_in_argmax, network.class_dim())
 
 
-def _unsaid_argmax(logits: fx.Node) -> Op:
+def _unsaid_argmax(logits: fx.Node, dim: int) -> Op:
     return Op(
         type=vocabulary.argmax,
         name="argmax",
         path="argmax",
         spelling=torch.argmax,
         inputs={"input": logits.name},
-        arguments={"dim": -1, "keepdim": False},
+        arguments={"dim": dim, "keepdim": False},
     )
 
 

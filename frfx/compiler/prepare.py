@@ -239,12 +239,13 @@ class Preparation(nn.Module):
         logits = shapes[self.plan.tail.logits]
         batch = x.shape[0]
         if not target.is_floating_point():
-            if len(logits) != 1:
+            dim = self.plan.class_dim
+            if not -len(logits) <= dim <= len(logits):
                 raise TargetError(
-                    f"labels need an output of shape (N, K), but this network's is "
+                    f"labels need an output of shape (N, K, ...), but this network's is "
                     f"{(batch, *logits)}: give a float target of that shape"
                 )
-            check_labels(target, x.new_empty(()).expand(batch, *logits))
+            check_labels(target, x.new_empty(()).expand(batch, *logits), dim)
             return target
         if not self.plan.takes_scores:
             raise TargetError("the network ends in argmax: give integer labels")

@@ -188,8 +188,8 @@ def test_graph_is_compared_with_the_model_by_the_chosen_output():
 def test_measure_and_post_training_of_one_output():
     x, y = normal(0, 9, 6), torch.arange(9) % 4
     model, alone = Heads(Named), Heads(FIRST["one tensor"][0])
-    policy = frfx.policy.minimal(label_margin=0.1)
-    inverse = frfx.invert(model, "stem", policy=policy, output="main")
+    policy = frfx.policy.joint(margin=0.1)
+    inverse = frfx.invert(model, "tanh", policy=policy, output="main")
     assert frfx.measure(inverse, x, y).label_consistency == 1
     loader = [(x, y)]
     assert frfx.accuracy(model, loader, "main") == frfx.accuracy(alone, loader)

@@ -178,7 +178,7 @@ COMPILED = {
     ),
     "argmax of the batch": (
         lambda x: x.argmax(0),
-        "argmax over dimension 0: the classes must be the last dimension",
+        "argmax over dimension 0, the batch: name the dimension of the classes",
     ),
     "argmax of a computed dimension": (lambda x: x.argmax(x.dim() - 1), "its dim is computed"),
     "softmax of no dimension": (
@@ -259,10 +259,10 @@ CALLED = {
         (2, 3),
         f"it normalises over the batch, so {BATCH}",
     ),
-    "argmax beside the classes": (
-        lambda x: x.argmax(1),
-        (2, 3, 4),
-        "argmax over dimension 1: the classes must be the last dimension",
+    "argmax of the batch, counted from the end": (
+        lambda x: x.argmax(-2),
+        (2, 3),
+        "argmax over dimension -2, the batch: name the dimension of the classes",
     ),
 }
 
