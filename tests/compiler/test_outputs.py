@@ -194,14 +194,14 @@ def test_measure_and_post_training_of_one_output():
     loader = [(x, y)]
     assert frfx.accuracy(model, loader, "main") == frfx.accuracy(alone, loader)
     records = [
-        frfx.post_train(net, loader, "stem", epochs=2, val_loader=loader, output=output)
+        frfx.post_train(net, loader, upto_layer="stem", epochs=2, val_loader=loader, output=output)
         for net, output in ((model, "main"), (alone, None))
     ]
     for one, other in zip(*records, strict=True):
         assert (one.loss, one.val_accuracy) == (other.loss, other.val_accuracy)
     assert torch.equal(model.stem.weight, alone.stem.weight)
     with pytest.raises(frfx.LayerError, match="name the one to start from"):
-        frfx.post_train(model, loader, "stem", epochs=1)
+        frfx.post_train(model, loader, upto_layer="stem", epochs=1)
 
 
 def test_segmentation_models_of_torchvision():
