@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +37,11 @@ class OpType:
 
 @dataclass(frozen=True)
 class Spelling:
-    """One way to write an op: a module class, a function, a method's name or an ATen overload."""
+    """One way to write an op: a module class, a function, a method's name or an ATen overload.
+
+    A module class or function of a package that frfx does not import is named as a string,
+    ``"package.module:name"`` with the module that defines it.
+    """
 
     type: OpType
     signature: inspect.Signature
@@ -59,7 +64,8 @@ def define(
         name: The name shown to users.
         signature: The canonical arguments as a function would declare them. A module's attributes
             of the same names are its arguments. Names with a leading underscore are passed over.
-        spellings: Module classes, functions, method names and ATen overloads.
+        spellings: Module classes, functions, method names and ATen overloads, and
+            ``"package.module:name"`` for what is not to be imported.
         parametric: Whether the op opens a layer.
         several: Whether the op returns a tuple.
     """
@@ -85,7 +91,26 @@ def _parse(signature: str) -> inspect.Signature:
 
 def lookup(spelling: Hashable) -> Spelling | None:
     """Return the entry of a module class, function, method name or ATen overload, if any."""
-    return _SPELLINGS.get(spelling)
+    entry = _SPELLINGS.get(spelling)
+    if entry is None and (inspect.isfunction(spelling) or isinstance(spelling, type)):
+        return _SPELLINGS.get(f"{spelling.__module__}:{spelling.__qualname__}")
+    return entry
+
+
+def is_lazy(spelling: Hashable) -> bool:
+    """Tell whether a spelling names what frfx does not import, as ``"package.module:name"``."""
+    return isinstance(spelling, str) and ":" in spelling
+
+
+def _imported() -> Iterator[Hashable]:
+    """Yield every spelling, but of the lazy ones only what somebody has imported: the object."""
+    for spelling in _SPELLINGS:
+        if not is_lazy(spelling):
+            yield spelling
+            continue
+        home, _, name = str(spelling).partition(":")
+        if home in sys.modules and hasattr(sys.modules[home], name):
+            yield getattr(sys.modules[home], name)
 
 
 def names() -> set[str]:
@@ -95,16 +120,18 @@ def names() -> set[str]:
 
 def module_classes() -> tuple[type[nn.Module], ...]:
     """Return every module class that spells an op: the tracer keeps their instances whole."""
-    return tuple(s for s in _SPELLINGS if isinstance(s, type) and issubclass(s, nn.Module))
+    return tuple(s for s in _imported() if isinstance(s, type) and issubclass(s, nn.Module))
 
 
 def functions() -> tuple[Callable[..., Any], ...]:
     """Return every Python function that spells an op: the tracer keeps calls of them whole."""
-    return tuple(s for s in _SPELLINGS if inspect.isfunction(s))
+    return tuple(s for s in _imported() if inspect.isfunction(s))
 
 
 def describe(spelling: Hashable) -> str:
     """Return the spelling as a program writes it, such as ``torch.nn.Conv2d``."""
+    if is_lazy(spelling):
+        return str(spelling).replace(":", ".")
     if isinstance(spelling, str):
         return f'"{spelling}"'
     if isinstance(spelling, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):

@@ -92,8 +92,9 @@ def register_rule(
 
     Args:
         *op: Op types of `frfx.vocabulary`, or spellings of one op: module classes, functions,
-            names of tensor methods, ATen overloads. Spellings that are not known yet become a new
-            op, or further spellings of the one that is named beside them. The tracer keeps
+            names of tensor methods, ATen overloads, or ``"package.module:name"`` for a class or
+            function that is not to be imported here. Spellings that are not known yet become a
+            new op, or further spellings of the one that is named beside them. The tracer keeps
             modules and functions that are registered here whole.
         principle: The policy that the rule serves, ``"paper"`` or ``"minimal"``; None for all.
         overwrite: Whether the rule replaces one that is there.
@@ -185,6 +186,8 @@ def _check_spelling(spelling: Hashable) -> None:
         raise RegistryError(
             f"{spelling!r} is one module: name its class, {type(spelling).__name__}"
         )
+    if ops.is_lazy(spelling):
+        return
     if isinstance(spelling, str):
         if not hasattr(Tensor, spelling):
             raise RegistryError(f"tensors have no method {spelling!r}")

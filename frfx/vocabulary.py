@@ -1,7 +1,8 @@
 """The op vocabulary: every op that rules may speak of, and all its spellings.
 
 A spelling is matched by object: the module class (exactly, not its subclasses), the function, the
-method's name, and the ATen overload that `torch.export` leaves. In-place spellings are rewritten by
+method's name, and the ATen overload that `torch.export` leaves. What belongs to packages that frfx
+does not import is matched by name, ``"package.module:name"``. In-place spellings are rewritten by
 the tracer, so they do not occur here.
 """
 
@@ -88,6 +89,12 @@ dropout = define(
     [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout]
     + [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout]
     + [aten.dropout.default],
+)
+stochastic_depth = define(
+    "stochastic_depth",
+    "input, p, mode, training=True",
+    ["torchvision.ops.stochastic_depth:StochasticDepth"]
+    + ["torchvision.ops.stochastic_depth:stochastic_depth"],
 )
 identity = define(
     "identity",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import subprocess
 import sys
 import types
 from dataclasses import dataclass
@@ -500,6 +501,60 @@ def test_bad_spellings(case):
 def test_override_of_an_op_that_nobody_registered():
     with pytest.raises(frfx.RegistryError, match=r"no op is spelled torch\.erf; register a rule"):
         frfx.policy.paper().override(op=torch.erf, damping=1.0)
+
+
+# --- what belongs to packages that frfx does not import ---
+
+
+def in_a_module(name, monkeypatch, **contents):
+    """Import a module of this name with these functions and classes, as if it defined them."""
+    module = types.ModuleType(name)
+    for key, value in contents.items():
+        value.__module__, value.__qualname__ = name, key
+        setattr(module, key, value)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_spelled_by_name_before_it_is_imported(kind, monkeypatch):
+    name = f"somewhere.else:{kind}"
+    frfx.register_rule(name)(PassRule)
+    assert frfx.registry.resolve(name) is ops.lookup(name).type
+
+    class Inner(nn.Module):
+        def forward(self, x, strength=2):
+            return x + torch.tanh(x) * strength
+
+    def outer(x, strength=2):
+        return x + torch.tanh(x) * strength
+
+    spelled = {"function": outer, "module": Inner}[kind]
+    assert ops.lookup(spelled) is None
+    in_a_module("somewhere.else", monkeypatch, **{kind: spelled})
+    assert ops.lookup(spelled) is ops.lookup(name)
+    assert ops.describe(spelled) == ops.describe(name) == f"somewhere.else.{kind}"
+    known = ops.functions() if kind == "function" else ops.module_classes()
+    assert spelled in known
+    inverse = frfx.invert(Net(spelled if kind == "function" else spelled()), "first")
+    assert [row.rule for row in inverse.summary()][-1] == "PassRule"
+
+
+def test_another_of_the_same_name_is_another(monkeypatch):
+    frfx.register_rule("somewhere.else:outer")(PassRule)
+
+    def outer(x):
+        return x
+
+    assert ops.lookup(outer) is None
+    other = in_a_module("somewhere.other", monkeypatch, outer=outer)
+    assert ops.lookup(other.outer) is None
+    assert outer not in ops.functions()
+
+
+def test_torchvision_is_imported_by_those_who_use_it():
+    code = "import sys, frfx; frfx.ops.functions(); sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- the registry as a value ---

@@ -42,8 +42,8 @@ class Inversion(nn.Module, abc.ABC):
                 ones among them.
 
         Returns:
-            `x*` for the free input of the op, of its shape; a tuple in the order of `op.free` for
-            an op of several free inputs.
+            `x*` for the input that the rule reconstructs, of its shape; a tuple in the order of
+            `rule.reconstructs(op)` if there are several.
         """
 
 
@@ -180,6 +180,14 @@ class Rule(abc.ABC):
         """
         del op
         return None
+
+    def reconstructs(self, op: Op) -> tuple[str, ...]:
+        """Return which of the free inputs the inversion answers for: names of `op.free`, in order.
+
+        The others keep their forward values, and where one feature is read under several names,
+        only the answers that are given count.
+        """
+        return op.free
 
     @abc.abstractmethod
     def build(self, op: Op) -> Inversion:

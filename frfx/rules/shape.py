@@ -21,16 +21,21 @@ class PassThrough(Inversion):
         return target
 
 
+_RANDOM = (vocabulary.dropout, vocabulary.stochastic_depth)
+"""Op types that are the identity in evaluation mode."""
+
+
 @register_rule(vocabulary.identity)
 @register_rule(vocabulary.dropout)
+@register_rule(vocabulary.stochastic_depth)
 @dataclass(frozen=True)
 class IdentityRule(Rule):
-    """`x* = y*`, for identity and for dropout in evaluation mode."""
+    """`x* = y*`, for identity, and for dropout and stochastic depth in evaluation mode."""
 
     equation = "exact"
 
     def supports(self, op: Op) -> str | None:
-        if op.type is vocabulary.dropout and op.module is None and op.arguments["training"]:
+        if op.type in _RANDOM and op.module is None and op.arguments["training"]:
             return "it drops at random in evaluation mode, too: pass training=self.training"
         return one_input(op)
 

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from oracles import minimal_affine_preimage, normal, reconstruct, relative
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops.stochastic_depth import StochasticDepth, stochastic_depth
+
+import frfx
 
 MOVES = {
     "nn.Flatten": nn.Flatten(),
@@ -103,3 +106,27 @@ def test_the_batch_may_move_on_the_way(function, shape):
     w, x, target = normal(0, *shape), normal(1, 2, 3, 3), normal(2, 2, 3, 3)
     expected = minimal_affine_preimage(lambda x: function(x, w), x, target)
     assert relative(reconstruct(function, x, target, w=w), expected) < 1e-11
+
+
+class Dropping(nn.Module):
+    """Calls the function by its name, as torchvision's own module does."""
+
+    def forward(self, x):
+        return stochastic_depth(x, 0.7, "batch", self.training)
+
+
+@pytest.mark.parametrize("module", [StochasticDepth(0.7, "row"), Dropping()], ids=["module", "fn"])
+def test_stochastic_depth_in_evaluation_mode(module):
+    x, target = normal(0, 2, 3), normal(1, 2, 3)
+    inverse = frfx.invert(nn.Sequential(module), "input")
+    assert torch.equal(inverse(x, target), target)
+    assert [row.op for row in inverse.summary()][-1] == "stochastic_depth"
+
+
+def test_stochastic_depth_that_drops():
+    class Active(nn.Module):
+        def forward(self, x):
+            return stochastic_depth(x, 0.7, "batch")
+
+    with pytest.raises(frfx.UnsupportedOpsError, match="it drops at random in evaluation mode"):
+        frfx.invert(Active(), "x")
