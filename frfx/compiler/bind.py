@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -75,6 +75,7 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
     constants: dict[str, Any] = {}
     computed: list[str] = []
     tensor_of: dict[str, Callable[[], Tensor]] = {}
+    size_of: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
     for name, value in values.items():
         if isinstance(value, fx.Node) and value in live:
             inputs[name] = value.name
@@ -82,15 +83,12 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
             tensor_of[name] = functools.partial(_read, traced.root, str(value.target))
         elif isinstance(value, Tensor) and module is not None:
             tensor_of[name] = functools.partial(_read, module, name)
-        elif isinstance(value, fx.Node):
+        elif nodes := _nodes(value):
+            if isinstance(value, (list, tuple)):
+                inputs |= {f"{name}[{i}]": v.name for i, v in enumerate(value) if v in live}
             computed.append(name)
-        elif isinstance(value, (list, tuple)) and any(isinstance(v, fx.Node) for v in value):
-            inputs |= {
-                f"{name}[{i}]": v.name
-                for i, v in enumerate(value)
-                if isinstance(v, fx.Node) and v in live
-            }
-            computed.append(name)
+            if all(_is_size(source) for source in nodes):
+                size_of[name] = functools.partial(_resolve, value)
         else:
             constants[name] = value
     return Op(
@@ -103,6 +101,7 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
         computed=tuple(computed),
         module=module,
         tensor_of=tensor_of,
+        size_of=size_of,
     )
 
 
@@ -136,6 +135,26 @@ def _arguments(
             default = None if parameter.default is parameter.empty else parameter.default
             given[name] = getattr(module, name, default)
     return given
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    """Return the nodes in an argument, however nested."""
+    found: list[fx.Node] = []
+    fx.map_arg(value, found.append)
+    return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Tell whether a node computes with sizes alone."""
+    if _is_shape_query(node):
+        return True
+    sources = node.all_input_nodes
+    return node.op.startswith("call_") and bool(sources) and all(map(_is_size, sources))
+
+
+def _resolve(argument: Any, values: Mapping[str, Any]) -> Any:
+    """Return an argument with the values of its nodes."""
+    return fx.map_arg(argument, lambda node: values[node.name])
 
 
 def _is_tensor(value: Any, root: nn.Module) -> bool:

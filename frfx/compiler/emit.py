@@ -11,6 +11,7 @@ from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend
 from frfx.rules.base import AffineInversion, Inversion
 from frfx.rules.label import predicted_labels
+from frfx.rules.sized import SizedInversion
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
             else copies[step.node]
         )
         inversion = step.rule.build(step.op)
-        if isinstance(inversion, AffineInversion):
+        if isinstance(inversion, (AffineInversion, SizedInversion)):
             inversion.backend = backend
         path = f"inverse.{_add(inversions, step.op.name, inversion)}"
         result = graph.create_node(

@@ -20,6 +20,7 @@ from frfx.errors import NonFiniteError
 from frfx.joint import JointInversion, Report
 from frfx.ops import show_shape
 from frfx.rules.base import AffineInversion, FactoredInversion
+from frfx.rules.sized import SizedInversion
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,9 @@ class Inverse(fx.GraphModule):
             "model": traced.root,
             "inverse": inversions,
             "prepare": Preparation(traced, plan, factored),
-            "finish": Finish(i for i in factored.values() if isinstance(i, AffineInversion)),
+            "finish": Finish(
+                i for i in factored.values() if isinstance(i, (AffineInversion, SizedInversion))
+            ),
         }
         root = nn.Module()
         for name, child in children.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from frfx.joint import REGION
 from frfx.ops import Op, Shape, describe
 from frfx.policy import Policy
 from frfx.rules.base import Rule
+from frfx.rules.sized import wait_for_sizes
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,25 @@ class Plan:
     takes_scores: bool
     class_dim: int
 
-    def check(self, shapes: Mapping[fx.Node, Shape], hooked: Collection[fx.Node]) -> None:
+    def check(
+        self,
+        shapes: Mapping[fx.Node, Shape],
+        hooked: Collection[fx.Node],
+        sizes: Mapping[str, Any],
+    ) -> None:
         """Ask every rule again, now that the forward pass has run.
 
         Args:
             shapes: The activations' shapes without the batch.
             hooked: The nodes whose modules compute something else because of a hook.
+            sizes: What the nodes that compute with sizes have given, by name.
 
         Raises:
             UnsupportedOpsError: If some rules cannot invert their ops as they are.
         """
         problems = []
         for step in self.steps:
-            op = _with_shapes(step.op, step.node, step.inputs, shapes)
+            op = _with_shapes(step.op, step.node, step.inputs, shapes).with_sizes(sizes)
             reason = step.rule.supports(op)
             if step.node in hooked and op.type is not REGION:  # that runs its hooks
                 reason = "a hook of the module changes its value, which no rule can see"
@@ -109,6 +117,8 @@ def make_plan(
 
     def add(op: Op, node: fx.Node | None, inputs: tuple[fx.Node, ...]) -> None:
         rule = policy.rule_for(op)
+        if rule is not None and node not in network.heads:
+            rule = wait_for_sizes(rule, op)
         seen = _with_shapes(op, node, inputs, shapes)
         reason = "no rule is registered for it" if rule is None else rule.supports(seen)
         if reason is not None:
