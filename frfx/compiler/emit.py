@@ -7,7 +7,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from frfx import vocabulary
@@ -17,6 +16,8 @@ from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend
 from frfx.rules.base import AffineInversion, Inversion
 from frfx.rules.combine import fan_out_inverse, limit_deviation, replace_parts
+from frfx.rules.label import predicted_labels
+from frfx.rules.sized import SizedInversion
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     stages = []
     for step in plan.steps:
         inversion = step.rule.build(step.op)
-        if isinstance(inversion, AffineInversion):
+        if isinstance(inversion, (AffineInversion, SizedInversion)):
             inversion.backend = backend
         path = f"inverse.{_add(inversions, step.op.name, inversion)}"
         stages.append(walk.back(step, path, plan.trust_region))
@@ -120,7 +121,7 @@ class _Walk:
         asked = step.inputs[0] if step.node is None or embeds else step.node
         target = self.target(asked)
         if step.node is None:  # the argmax that goes unsaid
-            output = graph.call_function(torch.argmax, (*inputs, step.op.arguments["dim"]))
+            output = graph.call_function(predicted_labels, (*inputs, step.op.arguments["dim"]))
         else:
             output = self.copies[step.node]
         result = graph.create_node(

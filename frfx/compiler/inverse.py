@@ -129,11 +129,11 @@ class Inverse(fx.GraphModule):
     """A network run backwards: from a target to the feature that a layer should have produced.
 
     Made by `frfx.invert`. Called as `inverse(x, target)` with a batch `x` and either integer
-    labels (N,) or a float target of the output's shape; returns `a*` of the shape, dtype and
-    device of the layer's feature. It works on the model's own parameters: a weight that is changed
-    is noticed at the next call (except a write through `.data`, which torch does not count: call
-    `refresh` after one). Moving the inverse gives it parameters of its own and leaves the model
-    where it is. It is always in evaluation mode.
+    labels (N,), dense ones (N, H, W) for an output (N, K, H, W), or a float target of the output's
+    shape; returns `a*` of the shape, dtype and device of the layer's feature. It works on the
+    model's own parameters: a weight that is changed is noticed at the next call (except a write
+    through `.data`, which torch does not count: call `refresh` after one). Moving the inverse gives
+    it parameters of its own and leaves the model where it is. It is always in evaluation mode.
 
     Attributes:
         model: The network, as a view that shares the model's parameters.

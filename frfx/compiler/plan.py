@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,6 +28,7 @@ from frfx.ops import Op, Shape, describe
 from frfx.policy import Policy
 from frfx.rules.base import Rule
 from frfx.rules.region import RegionRule
+from frfx.rules.sized import wait_for_sizes
 
 
 @dataclass(frozen=True)
@@ -58,27 +60,35 @@ class Plan:
         steps: The inversions in the order of the walk back.
         tail: What they invert.
         takes_scores: Whether a float target is meaningful: the network does not end in argmax.
+        class_dim: The dimension of the logits that holds the classes.
         trust_region: Bound on the relative deviation of every step; None for none.
     """
 
     steps: tuple[Step, ...]
     tail: Tail
     takes_scores: bool
+    class_dim: int
     trust_region: float | None = None
 
-    def check(self, shapes: Mapping[fx.Node, Shape], hooked: Collection[fx.Node]) -> None:
+    def check(
+        self,
+        shapes: Mapping[fx.Node, Shape],
+        hooked: Collection[fx.Node],
+        sizes: Mapping[str, Any],
+    ) -> None:
         """Ask every rule again, now that the forward pass has run.
 
         Args:
             shapes: The activations' shapes without the batch.
             hooked: The nodes whose modules compute something else because of a hook.
+            sizes: What the nodes that compute with sizes have given, by name.
 
         Raises:
             UnsupportedOpsError: If some rules cannot invert their ops as they are.
         """
         problems = []
         for step in self.steps:
-            op = _with_shapes(step.op, step.node, step.inputs, shapes)
+            op = _with_shapes(step.op, step.node, step.inputs, shapes).with_sizes(sizes)
             reason = step.rule.supports(op)
             if step.node in hooked and op.type is not vocabulary.region:  # that runs its hooks
                 reason = "a hook of the module changes its value, which no rule can see"
@@ -135,6 +145,7 @@ def make_plan(
         tuple(planner.steps),
         tail,
         takes_scores=vocabulary.argmax not in beyond,
+        class_dim=network.class_dim(),
         trust_region=policy.trust_region,
     )
 
@@ -160,7 +171,10 @@ class _Planner:
         """Take labels through softmax, and embed them at the logits."""
         network = self._network
         self.answered.add(tail.logits)
-        embedding: tuple[Op, fx.Node | None] = (_unsaid_argmax(tail.logits), None)
+        embedding: tuple[Op, fx.Node | None] = (
+            _unsaid_argmax(tail.logits, network.class_dim()),
+            None,
+        )
         for node in reversed(tail.nodes):
             if node in network.heads:
                 op = bind(node, network.traced, network.live)
@@ -206,6 +220,8 @@ class _Planner:
 
     def _add(self, op: Op, node: fx.Node | None, *, passes_labels: bool = False) -> None:
         rule = self._policy.rule_for(op)
+        if rule is not None and not passes_labels:
+            rule = wait_for_sizes(rule, op)
         inputs = tuple(self._by_name[name] for name in op.inputs.values())
         seen = _with_shapes(op, node, inputs, self._shapes)
         reason = "no rule is registered for it" if rule is None else rule.supports(seen)
@@ -227,14 +243,14 @@ class _Planner:
             )
 
 
-def _unsaid_argmax(logits: fx.Node) -> Op:
+def _unsaid_argmax(logits: fx.Node, dim: int) -> Op:
     return Op(
         type=vocabulary.argmax,
         name="argmax",
         path="argmax",
         spelling=torch.argmax,
         inputs={"input": logits.name},
-        arguments={"dim": -1, "keepdim": False},
+        arguments={"dim": dim, "keepdim": False},
     )
 
 

@@ -35,7 +35,7 @@ def region(network: Network, start: fx.Node, end: fx.Node) -> Region:
         path=network.traced.paths[end],
         spelling=fx.GraphModule,
         inputs={"input": start.name, **dict(zip(names, (n.name for n in held), strict=True))},
-        arguments={},
+        arguments={"dim": network.class_dim()},  # where the region ends in the logits
         module=module,
         held=frozenset(names),
     )
