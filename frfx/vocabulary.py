@@ -458,5 +458,8 @@ sin = _unary("sin")
 sinh = _unary("sinh")
 asinh = _unary("asinh", "arcsinh")
 
+region = define("region", "input, *_", [])
+"""A part of the network that is inverted as one op; no program spells it."""
+
 HEADS = (softmax, log_softmax, argmax)
 """Op types that may close a classifier after its logits: labels pass through them unchanged."""

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from frfx.compiler.bind import bind, live_nodes, op_type
 from frfx.compiler.trace import trace
-from frfx.compiler.view import evaluation_view
 from frfx.ops import Op, OpType
 from frfx.rules import Rule
+from frfx.view import evaluation_view
 
 
 class _OfSeveral(Apply):

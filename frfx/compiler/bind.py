@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -75,6 +75,7 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
     constants: dict[str, Any] = {}
     computed: list[str] = []
     tensor_of: dict[str, Callable[[], Tensor]] = {}
+    size_of: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
 
     def enter(name: str, value: Any) -> None:
         if isinstance(value, fx.Node) and value in live:
@@ -83,17 +84,20 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
             tensor_of[name] = functools.partial(_read, traced.root, str(value.target))
         elif isinstance(value, Tensor) and module is not None:
             tensor_of[name] = functools.partial(_read, module, name)
-        elif _holds_nodes(value):  # is one, or a slice from or to one
+        elif _nodes(value):  # is one, or a slice from or to one
             computed.append(name)
         else:
             constants[name] = value
 
     for name, value in values.items():
-        if not isinstance(value, (list, tuple)) or not _holds_nodes(value):
+        nodes = _nodes(value)
+        if nodes and all(map(_is_size, nodes)):
+            size_of[name] = functools.partial(_resolve, value)
+        if not isinstance(value, (list, tuple)) or not nodes:
             enter(name, value)
             continue
         elements = {f"{name}[{i}]": element for i, element in enumerate(value)}
-        held = {key: element for key, element in elements.items() if _holds_nodes(element)}
+        held = {key: element for key, element in elements.items() if _nodes(element)}
         for key, element in held.items():
             enter(key, element)
         constants[name] = tuple(key if key in held else value for key, value in elements.items())
@@ -109,6 +113,7 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
         computed=tuple(computed),
         module=module,
         tensor_of=tensor_of,
+        size_of=size_of,
     )
 
 
@@ -144,11 +149,24 @@ def _arguments(
     return given
 
 
-def _holds_nodes(value: Any) -> bool:
-    """Tell whether a value is a node, or a sequence or slice with nodes inside."""
+def _nodes(value: Any) -> list[fx.Node]:
+    """Return the nodes in an argument, however nested."""
     found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)
-    return bool(found)
+    fx.map_arg(value, found.append)
+    return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Tell whether a node computes with sizes alone."""
+    if _is_shape_query(node):
+        return True
+    sources = node.all_input_nodes
+    return node.op.startswith("call_") and bool(sources) and all(map(_is_size, sources))
+
+
+def _resolve(argument: Any, values: Mapping[str, Any]) -> Any:
+    """Return an argument with the values of its nodes."""
+    return fx.map_arg(argument, lambda node: values[node.name])
 
 
 def _is_tensor(value: Any, root: nn.Module) -> bool:

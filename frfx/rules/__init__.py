@@ -28,6 +28,7 @@ from frfx.rules.norm import BatchNormRule, NormalizationRule
 from frfx.rules.pad import PadRule
 from frfx.rules.pool import AdaptiveAvgPoolRule, AvgPoolRule, MeanRule
 from frfx.rules.product import ProductRule, QuotientRule
+from frfx.rules.region import RegionRule
 from frfx.rules.repeat import RepeatRule
 from frfx.rules.select import SelectRule
 from frfx.rules.shape import (
@@ -78,6 +79,7 @@ __all__ = [
     "PixelUnshuffleRule",
     "ProductRule",
     "QuotientRule",
+    "RegionRule",
     "ReluIdentityRule",
     "RepeatRule",
     "ReshapeRule",

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 import frfx
 from frfx.compiler.trace import trace
-from frfx.compiler.view import evaluation_view
+from frfx.view import evaluation_view
 
 LATER = torch.ones(5, 5, dtype=torch.bool).triu(1)
 PADDING = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 0, 0]], dtype=torch.bool)
