@@ -26,12 +26,14 @@ def invert(
     policy: Policy | str = "paper",
     backend: str = "auto",
     example_input: Tensor | None = None,
+    output: str | int | None = None,
 ) -> Inverse:
     """Compile a trained network into the graph that runs it backwards down to a layer.
 
     Args:
-        model: The network; one input tensor (N, ...), one output tensor. It is not changed. In
-            whatever mode it is, it is inverted as in evaluation mode.
+        model: The network; one input tensor (N, ...), one output tensor, or several of which
+            `output` names one. It is not changed. In whatever mode it is, it is inverted as in
+            evaluation mode.
         upto_layer: Where to stop: the paper's `l_R` (its layers: one convolution or linear op with
             its activation and pooling; `a_l` is what the next one reads, L the logits, 0 the
             input), or the name of a node as torchvision's feature extraction spells it.
@@ -42,13 +44,16 @@ def invert(
         example_input: A batch. Not needed, except for models that symbolic tracing cannot follow,
             or gets wrong, and `torch.export` can; if it is given, everything that depends on the
             image size is made ready at once.
+        output: Which tensor to start from, if the model returns several in a dict, a tuple, a named
+            tuple or a dataclass: its key, index or name. None for the only one, or for ``"out"``,
+            as torchvision's segmentation models call it.
 
     Returns:
         A module: `inverse(x, target)` is the feature `a*` that the layer should have produced.
 
     Raises:
         ModelError: If the model holds no values.
-        LayerError: If there is no such layer.
+        LayerError: If there is no such layer, or no such output.
         TraceError: If the model cannot be traced.
         UnsupportedOpsError: If some ops on the way have no rule; names all of them.
         BackendError: If the backend cannot be had.
@@ -60,7 +65,7 @@ def invert(
     chosen = resolve(policy)
     if example_input is not None:
         check_batch(example_input)
-    traced = trace(evaluation_view(model), example_input)
+    traced = trace(evaluation_view(model), example_input, output)
     if example_input is not None:
         check_batch(example_input, traced.batch)
     network = Network(traced)
@@ -73,6 +78,7 @@ def invert(
         policy=chosen,
         backend=backend,
         example_input=example_input if traced.front_end == "torch.export" else None,
+        output=output,
     )
     inverse = Inverse(traced, plan, emit(traced, plan, array_library), recipe)
     if example_input is not None:
@@ -80,22 +86,26 @@ def invert(
     return inverse
 
 
-def layers(model: nn.Module, example_input: Tensor | None = None) -> Layers:
+def layers(
+    model: nn.Module, example_input: Tensor | None = None, output: str | int | None = None
+) -> Layers:
     """List the places that a reconstruction may reach, with the paper's layer numbers.
 
     Args:
         model: The network; it is not changed.
         example_input: A batch, needed only for models that symbolic tracing cannot follow.
+        output: Which tensor is the network's output, as for `invert`.
 
     Returns:
         One row a node in forward order; prints as a table. Rows that are some `a_l` carry `l`.
 
     Raises:
         ModelError: If the model holds no values.
+        LayerError: If there is no such output.
         TraceError: If the model cannot be traced.
     """
     check_model(model)
-    return Network(trace(evaluation_view(model), example_input)).layers()
+    return Network(trace(evaluation_view(model), example_input, output)).layers()
 
 
 def _warn_of_mode(model: nn.Module) -> None:

@@ -42,8 +42,8 @@ class Measurement:
 
     Attributes:
         layer: The reconstructed node.
-        consistent: Whether the rest of the network gives the label for `a*`, shape (N,); None
-            for float targets.
+        consistent: Whether the rest of the network gives the label for `a*`, shape (N,); of dense
+            labels, the share of them that it gives. None for float targets.
         deviation: `||a* - a^|| / ||a^||` of every sample, shape (N,).
         residuals: One record a node, from the output to the layer.
     """
@@ -55,7 +55,7 @@ class Measurement:
 
     @property
     def label_consistency(self) -> float | None:
-        """The share of samples whose `argmax g(a*)` is the label."""
+        """The share of samples, or of dense labels, where `argmax g(a*)` is the label."""
         return None if self.consistent is None else float(self.consistent.double().mean())
 
     @property
@@ -115,7 +115,7 @@ def measure(inverse: Inverse, x: Tensor, labels: Tensor) -> Measurement:
     Args:
         inverse: What `frfx.invert` returned.
         x: The input batch.
-        labels: Integer labels (N,), or a float target of the output's shape.
+        labels: Integer labels (N,), dense ones (N, ...), or a float target of the output's shape.
 
     Returns:
         Label consistency, relative deviation and the residual at every node.
@@ -129,7 +129,9 @@ def measure(inverse: Inverse, x: Tensor, labels: Tensor) -> Measurement:
     consistent = None
     if not labels.is_floating_point():
         logits = _forward_value(traced, tail.logits, {traced.input: x, tail.cut: feature.target})
-        consistent = logits.argmax(-1) == labels
+        consistent = logits.argmax(inverse.plan.class_dim) == labels
+        if consistent.ndim > 1:
+            consistent = consistent.flatten(1).double().mean(1)
     residuals = []
     for step in inverse.plan.steps:
         if step.node is None or step.op.path not in nodes:

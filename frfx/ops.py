@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -163,10 +164,11 @@ class Op:
             list are named ``tensors[0]``, ``tensors[1]``, ...
         arguments: The constant arguments by canonical name. In a sequence, what the graph holds
             is named: ``("tensors[0]", "tensors[1]")``.
-        computed: Names of arguments that the graph computes, so no rule can read them; beside an
-            element of a sequence, the sequence.
+        computed: Names of arguments that the graph computes, so no rule can read them.
         module: The module that the node calls, if it calls one.
         tensor_of: The model's tensors among the arguments; each value reads the tensor anew.
+        size_of: What the graph computes from sizes alone among the arguments; each value reads it
+            from the values of the graph's nodes, by name.
         input_shapes: Shapes of the activations that come in, without the batch; None until known.
         output_shape: Shape of what comes out, without the batch; None until known, and for ops
             that return several tensors.
@@ -182,6 +184,7 @@ class Op:
     computed: tuple[str, ...] = ()
     module: nn.Module | None = None
     tensor_of: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    size_of: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     input_shapes: tuple[Shape, ...] | None = None
     output_shape: Shape | None = None
     held: frozenset[str] = frozenset()
@@ -213,6 +216,23 @@ class Op:
     def with_shapes(self, input_shapes: tuple[Shape, ...], output_shape: Shape) -> Op:
         """Return this op with its shapes known."""
         return replace(self, input_shapes=input_shapes, output_shape=output_shape)
+
+    def with_sizes(self, values: Mapping[str, Any]) -> Op:
+        """Return this op with the arguments that the graph computes from sizes.
+
+        Args:
+            values: What the graph's nodes have given, by name; what is not there stays unknown.
+        """
+        known = {}
+        for name, read in self.size_of.items():
+            with contextlib.suppress(KeyError):
+                known[name] = read(values)
+        return replace(
+            self,
+            arguments={**self.arguments, **known},
+            computed=tuple(name for name in self.computed if name not in known),
+            size_of={},
+        )
 
     def show_shapes(self) -> str:
         """Return the shapes for people: ``5x28x28 -> 10x12x12``, with those of the weights."""

@@ -124,9 +124,29 @@ def test_labels_for_an_image_of_scores():
     inverse = frfx.invert(model, 1)
     x, y = batch()
     text = message(errors.TargetError, inverse, x, y % 3)
-    assert "labels need an output of shape (N, K), but this network's is (5, 3, 8, 8)" in text
-    assert "give a float target of that shape" in text
+    assert text == (
+        "labels of shape (5,) do not fit logits of shape (5, 3, 8, 8): expected (5, 8, 8)"
+    )
+    wrong = torch.zeros(5, 8, 8, dtype=torch.long)
+    wrong[4, 7, 1] = 3
+    text = message(errors.TargetError, inverse, x, wrong)
+    assert text.startswith("label 3 at position [4, 7, 1] is out of range: the network has 3 class")
     assert inverse(x, torch.zeros(5, 3, 8, 8)).shape == (5, 2, 8, 8)
+
+
+def test_labels_for_a_network_without_classes():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(0))
+    text = message(errors.TargetError, frfx.invert(model, "0"), batch()[0], batch()[1])
+    assert text.startswith("labels need an output of shape (N, K, ...), but this network's is (5,)")
+
+
+def test_inequalities_of_dense_labels():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 3, 1))
+    inverse = frfx.invert(model, 1, policy="joint")
+    labels = torch.zeros(5, 8, 8, dtype=torch.long)
+    text = message(errors.TargetError, inverse, batch()[0], labels)
+    assert text.startswith("'2': labels of shape (5, 8, 8), but that one label of a sample wins")
+    assert text.endswith('give frfx.policy.joint(constraint="equality")')
 
 
 # --- input batches ---
@@ -601,7 +621,7 @@ class Constant(nn.Module):
     [
         (
             Pair(),
-            "the model returns more than one tensor; wrap it in a module that returns the one",
+            "the model returns several tensors (0, 1): name the one to start from, as in output=0",
         ),
         (Constant(), "the model's output does not depend on its input"),
     ],

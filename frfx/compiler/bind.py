@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -75,6 +75,7 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
     constants: dict[str, Any] = {}
     computed: list[str] = []
     tensor_of: dict[str, Callable[[], Tensor]] = {}
+    size_of: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
 
     def enter(name: str, value: Any) -> None:
         if isinstance(value, fx.Node) and value in live:
@@ -83,22 +84,28 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
             tensor_of[name] = functools.partial(_read, traced.root, str(value.target))
         elif isinstance(value, Tensor) and module is not None:
             tensor_of[name] = functools.partial(_read, module, name)
-        elif _holds_nodes(value):  # is one, or a slice from or to one
+        elif nodes := _nodes(value):  # is one, or holds some, as a slice may
             computed.append(name)
+            if all(map(_is_size, nodes)):
+                size_of[name] = functools.partial(_resolve, value)
         else:
             constants[name] = value
 
     for name, value in values.items():
-        if not isinstance(value, (list, tuple)) or not _holds_nodes(value):
+        if not isinstance(value, (list, tuple)) or not _nodes(value):
             enter(name, value)
             continue
         elements = {f"{name}[{i}]": element for i, element in enumerate(value)}
-        held = {key: element for key, element in elements.items() if _holds_nodes(element)}
-        for key, element in held.items():
-            enter(key, element)
-        constants[name] = tuple(key if key in held else value for key, value in elements.items())
-        if not held.keys().isdisjoint(computed):
-            computed.append(name)
+        named = {place: element for place, element in elements.items() if _nodes(element)}
+        for place, element in named.items():
+            enter(place, element)
+        constants[name] = tuple(p if p in named else element for p, element in elements.items())
+        unknown = [place for place in computed if place in named]
+        if unknown:
+            computed = [other for other in computed if other not in named] + [name]
+            sizes = {place: size_of.pop(place) for place in unknown if place in size_of}
+            if len(sizes) == len(unknown):
+                size_of[name] = functools.partial(_fill_in, constants[name], sizes)
     return Op(
         type=entry.type if entry else None,
         name=node.name,
@@ -109,6 +116,7 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
         computed=tuple(computed),
         module=module,
         tensor_of=tensor_of,
+        size_of=size_of,
     )
 
 
@@ -144,11 +152,36 @@ def _arguments(
     return given
 
 
-def _holds_nodes(value: Any) -> bool:
-    """Tell whether a value is a node, or a sequence or slice with nodes inside."""
+def _nodes(value: Any) -> list[fx.Node]:
+    """Return the nodes in an argument, however nested."""
     found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)
-    return bool(found)
+    fx.map_arg(value, found.append)
+    return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Tell whether a node computes with sizes alone."""
+    if _is_shape_query(node):
+        return True
+    sources = node.all_input_nodes
+    return node.op.startswith("call_") and bool(sources) and all(map(_is_size, sources))
+
+
+def _resolve(argument: Any, values: Mapping[str, Any]) -> Any:
+    """Return an argument with the values of its nodes."""
+    return fx.map_arg(argument, lambda node: values[node.name])
+
+
+def _fill_in(
+    sequence: tuple[Any, ...],
+    sizes: Mapping[str, Callable[[Mapping[str, Any]], Any]],
+    values: Mapping[str, Any],
+) -> tuple[Any, ...]:
+    """Return a sequence with the values of those of its elements that are named as sizes."""
+    return tuple(
+        sizes[element](values) if isinstance(element, str) and element in sizes else element
+        for element in sequence
+    )
 
 
 def _is_tensor(value: Any, root: nn.Module) -> bool:

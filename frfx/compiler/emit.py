@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 
 from frfx.compiler.plan import Plan, Step
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend
 from frfx.rules.base import AffineInversion, Inversion
+from frfx.rules.label import predicted_labels
+from frfx.rules.sized import SizedInversion
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     for step in plan.steps:
         inputs = tuple(copies[node] for node in step.inputs)
         output = (
-            graph.call_function(torch.argmax, (*inputs, -1))
+            graph.call_function(predicted_labels, (*inputs, plan.class_dim))
             if step.node is None
             else copies[step.node]
         )
         inversion = step.rule.build(step.op)
-        if isinstance(inversion, AffineInversion):
+        if isinstance(inversion, (AffineInversion, SizedInversion)):
             inversion.backend = backend
         path = f"inverse.{_add(inversions, step.op.name, inversion)}"
         result = graph.create_node(

@@ -12,6 +12,7 @@ from torch.export import Dim
 from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.nn import functional as F
+from torch.utils._pytree import tree_unflatten
 
 from frfx.compiler.constants import has_path, keep_constants, scratch_to_trace
 
@@ -69,8 +70,8 @@ def trace_by_export(view: nn.Module, example: Tensor) -> tuple[fx.Graph, int | N
         elif node.op == "output":  # what the forward writes to buffers is an output, too
             kinds = [spec.kind for spec in signature.output_specs]
             pairs = zip(node.args[0], kinds, strict=True)
-            outputs = tuple(value for value, kind in pairs if kind is OutputKind.USER_OUTPUT)
-            node.args = outputs if len(outputs) == 1 else (outputs,)
+            outputs = [value for value, kind in pairs if kind is OutputKind.USER_OUTPUT]
+            node.args = (tree_unflatten(outputs, program.call_spec.out_spec),)
     keep_constants(graph, scratch, view)
     return graph, batch
 

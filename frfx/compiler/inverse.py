@@ -20,6 +20,7 @@ from frfx.errors import NonFiniteError
 from frfx.joint import JointInversion, Report
 from frfx.ops import show_shape
 from frfx.rules.base import AffineInversion, FactoredInversion
+from frfx.rules.sized import SizedInversion
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,11 @@ class Inverse(fx.GraphModule):
     """A network run backwards: from a target to the feature that a layer should have produced.
 
     Made by `frfx.invert`. Called as `inverse(x, target)` with a batch `x` and either integer
-    labels (N,) or a float target of the output's shape; returns `a*` of the shape, dtype and
-    device of the layer's feature. It works on the model's own parameters: a weight that is changed
-    is noticed at the next call (except a write through `.data`, which torch does not count: call
-    `refresh` after one). Moving the inverse gives it parameters of its own and leaves the model
-    where it is. It is always in evaluation mode.
+    labels (N,), dense ones (N, H, W) for an output (N, K, H, W), or a float target of the output's
+    shape; returns `a*` of the shape, dtype and device of the layer's feature. It works on the
+    model's own parameters: a weight that is changed is noticed at the next call (except a write
+    through `.data`, which torch does not count: call `refresh` after one). Moving the inverse gives
+    it parameters of its own and leaves the model where it is. It is always in evaluation mode.
 
     Attributes:
         model: The network, as a view that shares the model's parameters.
@@ -159,7 +160,9 @@ class Inverse(fx.GraphModule):
             "model": traced.root,
             "inverse": inversions,
             "prepare": Preparation(traced, plan, factored),
-            "finish": Finish(i for i in factored.values() if isinstance(i, AffineInversion)),
+            "finish": Finish(
+                i for i in factored.values() if isinstance(i, (AffineInversion, SizedInversion))
+            ),
         }
         root = nn.Module()
         for name, child in children.items():

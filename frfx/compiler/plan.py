@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from frfx.joint import REGION
 from frfx.ops import Op, Shape, describe
 from frfx.policy import Policy
 from frfx.rules.base import Rule
+from frfx.rules.sized import wait_for_sizes
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,33 @@ class Plan:
         steps: The inversions in the order of the walk back.
         tail: What they invert.
         takes_scores: Whether a float target is meaningful: the network does not end in argmax.
+        class_dim: The dimension of the logits that holds the classes.
     """
 
     steps: tuple[Step, ...]
     tail: Tail
     takes_scores: bool
+    class_dim: int
 
-    def check(self, shapes: Mapping[fx.Node, Shape], hooked: Collection[fx.Node]) -> None:
+    def check(
+        self,
+        shapes: Mapping[fx.Node, Shape],
+        hooked: Collection[fx.Node],
+        sizes: Mapping[str, Any],
+    ) -> None:
         """Ask every rule again, now that the forward pass has run.
 
         Args:
             shapes: The activations' shapes without the batch.
             hooked: The nodes whose modules compute something else because of a hook.
+            sizes: What the nodes that compute with sizes have given, by name.
 
         Raises:
             UnsupportedOpsError: If some rules cannot invert their ops as they are.
         """
         problems = []
         for step in self.steps:
-            op = _with_shapes(step.op, step.node, step.inputs, shapes)
+            op = _with_shapes(step.op, step.node, step.inputs, shapes).with_sizes(sizes)
             reason = step.rule.supports(op)
             if step.node in hooked and op.type is not REGION:  # that runs its hooks
                 reason = "a hook of the module changes its value, which no rule can see"
@@ -107,6 +117,8 @@ def make_plan(
 
     def add(op: Op, node: fx.Node | None, inputs: tuple[fx.Node, ...]) -> None:
         rule = policy.rule_for(op)
+        if rule is not None and node not in network.heads:
+            rule = wait_for_sizes(rule, op)
         seen = _with_shapes(op, node, inputs, shapes)
         reason = "no rule is registered for it" if rule is None else rule.supports(seen)
         if reason is not None:
@@ -115,7 +127,7 @@ def make_plan(
             steps.append(Step(op, rule, node, inputs))
 
     # Labels pass through softmax, and are embedded at the logits.
-    embedding: tuple[Op, fx.Node | None] = (_unsaid_argmax(tail.logits), None)
+    embedding: tuple[Op, fx.Node | None] = (_unsaid_argmax(tail.logits, network.class_dim()), None)
     for node in reversed(beyond):
         op = bind(node, traced, network.live)
         if op.type is vocabulary.argmax:
@@ -133,17 +145,17 @@ def make_plan(
         raise UnsupportedOpsError(sorted(problems, key=lambda p: order.get(p.path, len(order))))
     policy.check_nodes({s.op.path for s in steps} | {s.op.name for s in steps})
     steps += [Step(op, rule, end, inputs) for op, rule, end, inputs in joint]
-    return Plan(tuple(steps), below, takes_scores=not ends_in_argmax)
+    return Plan(tuple(steps), below, not ends_in_argmax, network.class_dim())
 
 
-def _unsaid_argmax(logits: fx.Node) -> Op:
+def _unsaid_argmax(logits: fx.Node, dim: int) -> Op:
     return Op(
         type=vocabulary.argmax,
         name="argmax",
         path="argmax",
         spelling=torch.argmax,
         inputs={"input": logits.name},
-        arguments={"dim": -1, "keepdim": False},
+        arguments={"dim": dim, "keepdim": False},
     )
 
 

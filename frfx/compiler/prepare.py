@@ -28,6 +28,7 @@ from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Shape
 from frfx.rules.base import AffineInversion, FactoredInversion
 from frfx.rules.label import check_labels
+from frfx.rules.sized import SizedInversion
 
 FACTOR_MEMORY = 1 << 30
 """Default bound, in bytes, on the factors that an inverse keeps for other image sizes."""
@@ -95,6 +96,7 @@ class Preparation(nn.Module):
         self.traced, self.plan = traced, plan
         self.factored = dict(inversions)  # a plain dict: registered elsewhere in the graph
         self.shapes: OrderedDict[_Size, dict[fx.Node, Shape]] = OrderedDict()
+        self.sizes: dict[_Size, dict[str, Any]] = {}
         self.used: OrderedDict[tuple[str, Shape], None] = OrderedDict()
         self.weights: dict[str, Weights] = {}
         self.place: tuple[torch.dtype, torch.device] | None = None
@@ -141,7 +143,7 @@ class Preparation(nn.Module):
                 self._forget(name)
                 self.weights[name] = Weights(self.factored[name].op.tensors())
         self.shapes.move_to_end(size)
-        self._factorize(self.shapes[size])
+        self._factorize(self.shapes[size], self.sizes[size])
 
     def _move_to(self, x: Tensor) -> None:
         """Forget the factors for another dtype or device: not all have weights that tell of it."""
@@ -159,6 +161,7 @@ class Preparation(nn.Module):
         for name in self.factored:
             self._forget(name)
         self.shapes.clear()
+        self.sizes.clear()
         self.weights.clear()
 
     @property
@@ -174,12 +177,15 @@ class Preparation(nn.Module):
         for key in [key for key in self.used if key[0] == name]:
             del self.used[key]
 
-    def _factorize(self, shapes: dict[fx.Node, Shape]) -> None:
+    def _factorize(self, shapes: dict[fx.Node, Shape], sizes: dict[str, Any]) -> None:
         needed = set()
         by_name = {node.name: shape for node, shape in shapes.items()}
         for name, inversion in self.factored.items():
             source = next(iter(inversion.op.inputs.values()))
-            key = inversion.key(by_name[source], by_name[inversion.op.name])
+            given, gave = by_name[source], by_name.get(inversion.op.name, ())  # () for a tuple
+            if isinstance(inversion, SizedInversion):
+                inversion.settle(inversion.op.with_shapes((given,), gave).with_sizes(sizes))
+            key = inversion.key(given, gave)
             needed.add((name, key))
             if key not in inversion.factors:
                 # Factors outlive the call: outside of inference mode, autograd may use them.
@@ -212,8 +218,18 @@ class Preparation(nn.Module):
         probed = run_forward(self.traced, x)
         if self._size(x) not in self.shapes:
             self._verify(probed.output, x)
-        self.plan.check(probed.shapes, probed.hooked)
+        sizes = self._sizes_of_images(x, probed.sizes)
+        self.plan.check(probed.shapes, probed.hooked, sizes)
+        self.sizes[self._size(x)] = sizes
         return probed.shapes
+
+    def _sizes_of_images(self, x: Tensor, sizes: dict[str, Any]) -> dict[str, Any]:
+        """Return those of the sizes that do not depend on how many samples there are."""
+        if not any(step.op.size_of for step in self.plan.steps) or self.traced.batch is not None:
+            return sizes
+        other = torch.cat([x, x]) if len(x) == 1 else x[:1]
+        again = run_forward(self.traced, other).sizes
+        return {name: size for name, size in sizes.items() if again.get(name) == size}
 
     def _verify(self, output: Tensor, x: Tensor) -> None:
         try:
@@ -239,18 +255,17 @@ class Preparation(nn.Module):
         logits = shapes[self.plan.tail.logits]
         batch = x.shape[0]
         if not target.is_floating_point():
-            if len(logits) != 1:
+            dim = self.plan.class_dim
+            if not -len(logits) <= dim <= len(logits):
                 raise TargetError(
-                    f"labels need an output of shape (N, K), but this network's is "
+                    f"labels need an output of shape (N, K, ...), but this network's is "
                     f"{(batch, *logits)}: give a float target of that shape"
                 )
-            check_labels(target, x.new_empty(()).expand(batch, *logits))
+            check_labels(target, x.new_empty(()).expand(batch, *logits), dim)
             return target
         if not self.plan.takes_scores:
             raise TargetError("the network ends in argmax: give integer labels")
-        output = self.traced.output
-        assert output is not None
-        expected = (batch, *shapes[output])
+        expected = (batch, *shapes[self.traced.output])
         if tuple(target.shape) != expected:
             raise TargetError(
                 f"a float target has the shape of the output, {expected}, not "
@@ -267,11 +282,13 @@ class Probed(NamedTuple):
         output: Its output.
         shapes: Every activation's shape, without the batch.
         hooked: The nodes whose modules compute something else because of a hook.
+        sizes: What the nodes have given that compute with sizes, by name.
     """
 
     output: Tensor
     shapes: dict[fx.Node, Shape]
     hooked: set[fx.Node]
+    sizes: dict[str, Any]
 
 
 @torch.no_grad()
@@ -285,7 +302,7 @@ def run_forward(traced: Traced, x: Tensor) -> Probed:
     _check_finite(x, "the input batch")
     with torch.autocast(x.device.type, enabled=False):
         probe = _Probe(traced)
-        return Probed(probe.run(x), probe.shapes, probe.hooked)
+        return Probed(probe.run(x), probe.shapes, probe.hooked, probe.sizes)
 
 
 class _Probe(fx.Interpreter):
@@ -297,6 +314,7 @@ class _Probe(fx.Interpreter):
         self.traced, self.live = traced, live_nodes(traced.graph)
         self.shapes: dict[fx.Node, Shape] = {}
         self.hooked: set[fx.Node] = set()
+        self.sizes: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -313,6 +331,8 @@ class _Probe(fx.Interpreter):
                 self._check(n, value)
             if n.op == "call_module" and self._is_changed_by_hooks(n, value):
                 self.hooked.add(n)
+        elif n not in self.live and n.op.startswith("call_") and not isinstance(value, Tensor):
+            self.sizes[n.name] = value
         return value
 
     def _is_changed_by_hooks(self, node: fx.Node, value: Tensor) -> bool:
@@ -347,7 +367,7 @@ class Finish(nn.Module):
         inversions: Those whose solvers may not have converged.
     """
 
-    def __init__(self, inversions: Iterable[AffineInversion] = ()) -> None:
+    def __init__(self, inversions: Iterable[AffineInversion | SizedInversion] = ()) -> None:
         super().__init__()
         self.inversions = tuple(inversions)  # registered elsewhere in the graph
 

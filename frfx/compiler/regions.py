@@ -76,7 +76,7 @@ def _region(network: Network, start: fx.Node, end: fx.Node, options: JointOption
         path=traced.paths[end],
         spelling=fx.GraphModule,
         inputs=inputs,
-        arguments={},
+        arguments={"dim": network.class_dim()},  # where the region ends in the logits
         module=module,
     )
     return op, JointRule(options, traced.batch, in_precision), end, (start, *held)

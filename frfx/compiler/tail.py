@@ -9,7 +9,7 @@ import networkx as nx
 from torch import fx
 
 from frfx import vocabulary
-from frfx.compiler.bind import live_nodes, op_type
+from frfx.compiler.bind import bind, live_nodes, op_type
 from frfx.compiler.trace import Traced
 from frfx.errors import LayerError, nearest
 
@@ -94,13 +94,7 @@ class Network:
     """The data flow of a traced model: activations as nodes, their use as edges."""
 
     def __init__(self, traced: Traced) -> None:
-        output = traced.output
-        if output is None:
-            raise LayerError(
-                "the model returns more than one tensor; wrap it in a module that returns the one "
-                "to start from"
-            )
-        self.traced, self.output = traced, output
+        self.traced, self.output = traced, (output := traced.output)
         self.live = live_nodes(traced.graph)
         self.flow: nx.DiGraph = nx.DiGraph()
         self.flow.add_node(traced.input)
@@ -144,6 +138,18 @@ class Network:
         while (kind := op_type(node, self.traced.root)) and kind in vocabulary.HEADS:
             (node,) = self.flow.predecessors(node)
         return node
+
+    def class_dim(self) -> int:
+        """Return the dimension of the logits that holds the classes.
+
+        The one that a head behind them names; else the second, as torch's own losses take it.
+        """
+        for node in self.traced.graph.nodes:
+            if node in self.heads:
+                dim = bind(node, self.traced, self.live).arguments.get("dim")
+                if isinstance(dim, int):
+                    return dim
+        return 1
 
     def layers(self) -> Layers:
         """Return every node that a reconstruction may reach, with the paper's numbers."""

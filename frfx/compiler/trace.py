@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from frfx.compiler.export import trace_by_export
 from frfx.compiler.functional import functionalize
 from frfx.compiler.names import qualified_names
+from frfx.compiler.outputs import Key, choose_output, follow
 from frfx.compiler.symbolic import input_name, trace_symbolically
 from frfx.compiler.view import scratch_view
-from frfx.errors import InputError, TraceError, first_line
+from frfx.errors import InputError, LayerError, TraceError, first_line
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Traced:
         paths: fx node to its name as torchvision's feature extraction spells it.
         front_end: ``"torch.fx"`` or ``"torch.export"``.
         batch: The only batch size that the graph fits; None for all.
+        where: The place of its output in what the model returns; empty where that is a tensor.
     """
 
     graph: fx.Graph
@@ -34,6 +36,7 @@ class Traced:
     paths: dict[fx.Node, str]
     front_end: str
     batch: int | None = None
+    where: tuple[Key, ...] = ()
 
     @property
     def input(self) -> fx.Node:
@@ -41,28 +44,34 @@ class Traced:
         return next(node for node in self.graph.nodes if node.op == "placeholder")
 
     @property
-    def output(self) -> fx.Node | None:
-        """The node whose value the model returns, or None if it returns more than one tensor."""
-        value = next(iter(reversed(self.graph.nodes))).args[0]
-        return value if isinstance(value, fx.Node) else None
+    def output(self) -> fx.Node:
+        """The node whose value the model returns, or that of its outputs which was chosen."""
+        return next(iter(reversed(self.graph.nodes))).args[0]
 
 
-def trace(view: nn.Module, example_input: Tensor | None = None) -> Traced:
+def trace(
+    view: nn.Module, example_input: Tensor | None = None, output: Key | None = None
+) -> Traced:
     """Trace an evaluation view of a model.
 
     Args:
         view: What `evaluation_view` returned.
         example_input: A batch, needed only where symbolic tracing fails or is wrong.
+        output: Which of several tensors that the model returns is the output: its key, index or
+            name. None for the only one, or the one called ``"out"``.
 
     Raises:
         TraceError: If neither front end can follow the model; says why for each.
+        LayerError: If the model has no such output, or it is not clear which one is meant.
     """
     input_name(view)
     try:
-        traced = _finish(trace_symbolically(view), view, "torch.fx")
+        traced = _finish(trace_symbolically(view), view, "torch.fx", output)
         if example_input is None or _fits(traced, example_input):
             return traced
         problem = "its graph does not compute what the model does"
+    except LayerError:
+        raise
     except Exception as error:  # a model's forward may raise anything when it meets a proxy
         problem = first_line(error)
         if example_input is None:
@@ -77,22 +86,29 @@ def trace(view: nn.Module, example_input: Tensor | None = None) -> Traced:
             f"{type(view).__name__} can be traced neither by torch.fx ({problem}) nor by "
             f"torch.export ({first_line(error)})"
         ) from error
-    return _finish(graph, view, "torch.export", batch)
+    return _finish(graph, view, "torch.export", output, batch)
 
 
-def _finish(graph: fx.Graph, view: nn.Module, front_end: str, batch: int | None = None) -> Traced:
+def _finish(
+    graph: fx.Graph,
+    view: nn.Module,
+    front_end: str,
+    output: Key | None,
+    batch: int | None = None,
+) -> Traced:
     functionalize(graph, view)
+    paths = qualified_names(graph)  # by all outputs, so that names do not depend on the choice
+    where = choose_output(graph, output)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     graph.lint()
-    return Traced(graph, view, qualified_names(graph), front_end, batch)
+    kept = {node: paths[node] for node in graph.nodes}
+    return Traced(graph, view, kept, front_end, batch, where)
 
 
 def _fits(traced: Traced, x: Tensor) -> bool:
     """Tell whether the graph computes what the model does, if the model takes the batch at all."""
-    if traced.output is None:
-        return True
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             output = fx.Interpreter(traced.root, graph=traced.graph).run(x)
@@ -103,7 +119,7 @@ def _fits(traced: Traced, x: Tensor) -> bool:
 
 def is_output(output: Tensor, traced: Traced, x: Tensor) -> bool:
     """Tell whether a value is what the model itself gives for a batch, to rounding."""
-    expected = scratch_view(traced.root, inplace=True)(x.clone())
+    expected = follow(scratch_view(traced.root, inplace=True)(x.clone()), traced.where)
     if not isinstance(expected, Tensor) or expected.shape != output.shape:
         return False
     if not expected.is_floating_point():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from frfx.errors import InputError, UnreachedError, UnreachedWarning
+from frfx.errors import InputError, TargetError, UnreachedError, UnreachedWarning
 from frfx.joint.margin import MarginConstraint
 from frfx.joint.matrix_free import OutputConstraint
 from frfx.joint.newton import nearest_feature
@@ -71,8 +71,14 @@ class JointInversion(Inversion):
         if target.is_floating_point():
             constraint = OutputConstraint(region, target.to(dtype), output)
         elif options.constraint == "equality":
-            embedded = nearest_embedding(output, target, options.margin)
+            embedded = nearest_embedding(output, target, options.margin, self.op.arguments["dim"])
             constraint = OutputConstraint(region, embedded, output)
+        elif target.ndim > 1:
+            raise TargetError(
+                f"{self.op.path!r}: labels of shape {tuple(target.shape)}, but that one label of a "
+                "sample wins is the only inequality that is solved for: give "
+                'frfx.policy.joint(constraint="equality")'
+            )
         else:
             slack = _SLACK * options.margin
             constraint = MarginConstraint(region, target, options.margin, slack, options.classes)

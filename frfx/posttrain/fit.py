@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frfx.compiler.outputs import follow, locate
 from frfx.compiler.prepare import Weights
 from frfx.compiler.view import evaluation_view
 from frfx.errors import FrfxError, TargetError
@@ -59,6 +60,7 @@ def post_train(
     checkpoint: str | Path | None = None,
     progress: bool = False,
     example_input: Tensor | None = None,
+    output: str | int | None = None,
     weighing: str = "paper",
 ) -> list[EpochRecord]:
     """Post-train the layers `l_S + 1 .. l_R` of a network in place, the rest frozen.
@@ -88,6 +90,8 @@ def post_train(
             anew with a resume.
         progress: Whether to show a progress bar (extra `frfx[cli]`).
         example_input: A batch; needed only for models that symbolic tracing cannot follow.
+        output: Which of several tensors that the model returns is its output, as for
+            `frfx.invert`.
         weighing: How alpha weighs the reconstruction loss, as for `PostTraining`; after a resume
             the mean that ``"relative"`` divides by is taken anew.
 
@@ -109,6 +113,7 @@ def post_train(
         policy=policy,
         backend=backend,
         example_input=example_input,
+        output=output,
         weighing=weighing,
     )
     with step, _progress_bar(progress, epochs) as advance:
@@ -117,7 +122,7 @@ def post_train(
         history = loop.load(checkpoint)
         for epoch in range(len(history) + 1, epochs + 1):
             losses, seconds = loop.epoch()
-            scored = None if val_loader is None else accuracy(model, val_loader)
+            scored = None if val_loader is None else accuracy(model, val_loader, output)
             history.append(EpochRecord(epoch, *losses, val_accuracy=scored, seconds=seconds))
             loop.save(checkpoint, history)
             advance()
@@ -250,16 +255,19 @@ class _Cache:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, loader: Iterable[Batch]) -> float:
+def accuracy(model: nn.Module, loader: Iterable[Batch], output: str | int | None = None) -> float:
     """Return the share of samples whose largest output is the label, in evaluation mode.
 
     Args:
-        model: Any classifier, of outputs (N, K) or of labels (N,) if it ends in argmax; its mode is
-            not touched.
-        loader: Yields batches (x, y) of inputs and integer labels (N,); inputs are moved and cast
-            to the model's type.
+        model: Any classifier, of outputs (N, K, ...), or of labels (N, ...) if it ends in argmax;
+            its mode is not touched.
+        loader: Yields batches (x, y) of inputs and integer labels (N, ...); inputs are moved and
+            cast to the model's type.
+        output: Which of several tensors that the model returns is its output, as for
+            `frfx.invert`.
 
     Raises:
+        LayerError: If there is no such output.
         TargetError: If the labels do not fit the outputs, or there are none.
     """
     view = evaluation_view(model, inplace=True)
@@ -269,15 +277,16 @@ def accuracy(model: nn.Module, loader: Iterable[Batch]) -> float:
     for x, y in loader:
         if weight is not None:
             x = x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
-        output = view(x)
-        predicted = output.argmax(-1) if output.is_floating_point() else output
+        value = view(x)
+        scores = follow(value, locate(value, output))
+        predicted = scores.argmax(1) if scores.is_floating_point() else scores
         if predicted.shape != y.shape:
             raise TargetError(
                 f"labels of shape {tuple(y.shape)} do not fit outputs of shape "
-                f"{tuple(output.shape)}: expected {tuple(predicted.shape)}"
+                f"{tuple(scores.shape)}: expected {tuple(predicted.shape)}"
             )
         right = right + (predicted == y.to(predicted.device)).sum()
-        count += len(x)
+        count += y.numel()
     if count == 0:
         raise TargetError("the loader gave no batch")
     return int(right) / count

@@ -44,6 +44,8 @@ class PostTraining(nn.Module):
         policy: How features are reconstructed, as for `frfx.invert`.
         backend: As for `frfx.invert`.
         example_input: A batch; needed only for models that symbolic tracing cannot follow.
+        output: Which of several tensors that the model returns is its output, as for
+            `frfx.invert`.
         classification_loss: Takes logits and labels (Eq. 1).
         reconstruction_loss: Takes the forward and the reconstructed feature (Eq. 2).
         weighing: ``"paper"`` takes the terms of Eq. 3 as they are: alpha then weighs little for
@@ -76,6 +78,7 @@ class PostTraining(nn.Module):
         policy: Policy | str = "paper",
         backend: str = "auto",
         example_input: Tensor | None = None,
+        output: str | int | None = None,
         classification_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         reconstruction_loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
         weighing: str = "paper",
@@ -90,7 +93,7 @@ class PostTraining(nn.Module):
         self.scale = Scale() if weighing == "relative" else None
         self.classification_loss = classification_loss
         self.reconstruction_loss = reconstruction_loss
-        traced = trace(evaluation_view(model), example_input)
+        traced = trace(evaluation_view(model), example_input, output)
         network = Network(traced)
         start = traced.input if freeze_upto == 0 else network.find(freeze_upto)
         end, logits = network.find(upto_layer), network.logits()
@@ -109,6 +112,7 @@ class PostTraining(nn.Module):
                 policy=policy,
                 backend=backend,
                 example_input=example_input,
+                output=output,
             )
         trained = {id(parameter) for parameter in self._trained}
         self._frozen = [

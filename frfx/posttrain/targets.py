@@ -27,6 +27,7 @@ class Targets:
         policy: As for `frfx.invert`.
         backend: As for `frfx.invert`.
         example_input: As for `frfx.invert`.
+        output: As for `frfx.invert`.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Targets:
         policy: Policy | str,
         backend: str,
         example_input: Tensor | None,
+        output: str | int | None = None,
     ) -> None:
         shared = {id(tensor) for tensor in _tensors(model)}
         self.inverse = invert(
@@ -46,6 +48,7 @@ class Targets:
             policy=policy,
             backend=backend,
             example_input=example_input,
+            output=output,
         )
         self._forward = forward_module(self.inverse.traced, (self.inverse.plan.tail.cut,))
         own = [tensor for tensor in _tensors(self.inverse.model) if id(tensor) not in shared]

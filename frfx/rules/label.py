@@ -16,19 +16,21 @@ from frfx.registry import register_rule
 from frfx.rules.base import Inversion, Rule, one_input, spans_batch
 
 
-def nearest_embedding(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Tensor:
+def nearest_embedding(logits: Tensor, labels: Tensor, margin: float = 0.0, dim: int = -1) -> Tensor:
     """Return the logits nearest in L2 under which every label wins by a margin.
 
     The projection on `{a : a_y >= a_i + margin for all i != y}`: the largest competitors and the
     label meet at one level, everything else stays. With a margin of 0 that level is a tie.
 
     Args:
-        logits: Shape (..., K), floating point.
-        labels: Shape (...), any integer dtype, in [0, K).
+        logits: Shape (..., K), floating point, or with the K classes in another dimension.
+        labels: The shape of the logits without the classes, any integer dtype, in [0, K).
         margin: By how much the label must exceed every other entry, in units of the logits.
+        dim: The dimension of the classes: the last, or 1 for logits (N, K, H, W) of a dense
+            prediction.
 
     Returns:
-        The embedding, shape (..., K), dtype of the logits.
+        The embedding, shape and dtype of the logits.
 
     Raises:
         TargetError: If the labels do not fit the logits, or the margin is negative.
@@ -36,41 +38,47 @@ def nearest_embedding(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Te
     Reference:
         Problem 21 in the L2 norm, Eq. 24-33, Algorithm 1; the margin shifts the competitors.
     """
-    check_labels(labels, logits)
-    return _nearest_embedding(logits.to(solve_dtype(logits.dtype)), labels, margin).to(logits.dtype)
+    check_labels(labels, logits, dim)
+    found = _nearest_embedding(logits.to(solve_dtype(logits.dtype)), labels, dim, margin)
+    return found.to(logits.dtype)
 
 
-def _nearest_embedding(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
+def _nearest_embedding(logits: Tensor, labels: Tensor, dim: int, margin: float) -> Tensor:
     if not margin >= 0:
         raise TargetError(f"the margin must not be negative, got {margin}")
-    index = labels.long().unsqueeze(-1)
-    own = logits.gather(-1, index)
-    excess = (logits + margin - own).scatter(-1, index, 0)  # d of Algorithm 1, 0 at the label
-    ordered = excess.sort(-1, descending=True).values
-    total = ordered.cumsum(-1)
-    count = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
+    index = labels.long().unsqueeze(dim)
+    own = logits.gather(dim, index)
+    excess = (logits + margin - own).scatter(dim, index, 0)  # d of Algorithm 1, 0 at the label
+    ordered = excess.sort(dim, descending=True).values
+    total = ordered.cumsum(dim)
+    count = torch.arange(1, logits.shape[dim] + 1, device=logits.device, dtype=logits.dtype)
+    count = count.reshape([-1 if d == dim % logits.ndim else 1 for d in range(logits.ndim)])
     # Formula 33: the s largest are active as long as (s + 1) d_s > d_1 + ... + d_s.
     active = ((count + 1) * ordered > total) & (ordered > 0)
-    size = active.sum(-1, keepdim=True)
+    size = active.sum(dim, keepdim=True)
     last = (size - 1).clamp(min=0)
-    raise_by = torch.where(size > 0, total.gather(-1, last) / (size + 1), 0)  # Eq. 31
+    raise_by = torch.where(size > 0, total.gather(dim, last) / (size + 1), 0)  # Eq. 31
     level = own + raise_by  # Eq. 26
     embedded = torch.where(excess > raise_by, level - margin, logits)  # Eq. 27
-    return embedded.scatter(-1, index, level)
+    return embedded.scatter(dim, index, level)
 
 
-def maximum_assignment(logits: Tensor, labels: Tensor, margin: float = 0.0) -> Tensor:
+def maximum_assignment(
+    logits: Tensor, labels: Tensor, margin: float = 0.0, dim: int = -1
+) -> Tensor:
     """Return the logits nearest in L1 under which every label wins by a margin.
 
     Only the label's entry changes: it becomes the maximum (plus the margin over the others).
 
     Args:
-        logits: Shape (..., K), floating point.
-        labels: Shape (...), any integer dtype, in [0, K).
+        logits: Shape (..., K), floating point, or with the K classes in another dimension.
+        labels: The shape of the logits without the classes, any integer dtype, in [0, K).
         margin: By how much the label must exceed every other entry, in units of the logits.
+        dim: The dimension of the classes: the last, or 1 for logits (N, K, H, W) of a dense
+            prediction.
 
     Returns:
-        The embedding, shape (..., K), dtype of the logits.
+        The embedding, shape and dtype of the logits.
 
     Raises:
         TargetError: If the labels do not fit the logits, or the margin is negative.
@@ -78,51 +86,55 @@ def maximum_assignment(logits: Tensor, labels: Tensor, margin: float = 0.0) -> T
     Reference:
         Problem 21 in the L1 norm, Eq. 22-23.
     """
-    check_labels(labels, logits)
-    return _maximum_assignment(logits, labels, margin)
+    check_labels(labels, logits, dim)
+    return _maximum_assignment(logits, labels, dim, margin)
 
 
-def _maximum_assignment(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
+def _maximum_assignment(logits: Tensor, labels: Tensor, dim: int, margin: float) -> Tensor:
     if not margin >= 0:
         raise TargetError(f"the margin must not be negative, got {margin}")
-    index = labels.long().unsqueeze(-1)
-    others = logits.scatter(-1, index, -torch.inf).amax(-1, keepdim=True)
-    return logits.scatter(-1, index, torch.maximum(logits.gather(-1, index), others + margin))
+    index = labels.long().unsqueeze(dim)
+    others = logits.scatter(dim, index, -torch.inf).amax(dim, keepdim=True)
+    own = torch.maximum(logits.gather(dim, index), others + margin)
+    return logits.scatter(dim, index, own)
 
 
-def one_hot(logits: Tensor, labels: Tensor) -> Tensor:
+def one_hot(logits: Tensor, labels: Tensor, dim: int = -1) -> Tensor:
     """Return 1 at the label and 0 elsewhere, whatever the logits: the paper's control (Sec. 4.2).
 
     Args:
         logits: Shape (..., K), floating point; gives shape, dtype and device only.
-        labels: Shape (...), any integer dtype, in [0, K).
+        labels: The shape of the logits without the classes, any integer dtype, in [0, K).
+        dim: The dimension of the classes.
 
     Returns:
-        The embedding, shape (..., K), dtype of the logits.
+        The embedding, shape and dtype of the logits.
 
     Raises:
         TargetError: If the labels do not fit the logits.
     """
-    check_labels(labels, logits)
-    return _one_hot(logits, labels)
+    check_labels(labels, logits, dim)
+    return _one_hot(logits, labels, dim)
 
 
-def _one_hot(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.zeros_like(logits).scatter(-1, labels.long().unsqueeze(-1), 1)
+def _one_hot(logits: Tensor, labels: Tensor, dim: int) -> Tensor:
+    return torch.zeros_like(logits).scatter(dim, labels.long().unsqueeze(dim), 1)
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
+def check_labels(labels: Tensor, logits: Tensor, dim: int = -1) -> None:
     """Raise `TargetError` for labels that do not fit the logits."""
     if not isinstance(labels, Tensor):
         raise TargetError(f"expected a tensor of labels, got {type(labels).__name__}")
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TargetError(f"labels have an integer dtype, not {labels.dtype}")
-    if labels.shape != logits.shape[:-1]:
+    sizes = list(logits.shape)
+    classes = sizes.pop(dim)
+    if list(labels.shape) != sizes:
         raise TargetError(
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape "
-            f"{tuple(logits.shape)}: expected {tuple(logits.shape[:-1])}"
+            f"{tuple(logits.shape)}: expected {tuple(sizes)}"
         )
-    check_range(labels, logits.shape[-1])
+    check_range(labels, classes)
 
 
 def check_range(labels: Tensor, classes: int) -> None:
@@ -140,27 +152,34 @@ def check_range(labels: Tensor, classes: int) -> None:
         )
 
 
+def predicted_labels(logits: Tensor, dim: int) -> Tensor:
+    """Return the class of the largest logit; of an output (N,) without classes, its place."""
+    return logits.argmax(dim if logits.ndim > 1 else -1)
+
+
 class Embedding(Inversion):
     """Embeds integer labels near the logits; a float target is the target of the logits already.
 
     Args:
-        embed: Maps logits (N, K) and labels (N,) to logits.
+        embed: Maps logits, labels and the dimension of the classes to logits.
+        dim: The dimension of the classes.
+        **options: Further arguments of `embed`.
     """
 
-    def __init__(self, embed: Callable[..., Tensor], **options: float) -> None:
+    def __init__(self, embed: Callable[..., Tensor], dim: int, **options: float) -> None:
         super().__init__()
-        self.embed, self.options = embed, options
+        self.embed, self.dim, self.options = embed, dim, options
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         if target.is_floating_point():
             return target
         (logits,) = inputs
         # Half types are solved in single, as everywhere.
-        return self.embed(logits.to(solve_dtype(logits.dtype)), target, **self.options)
+        return self.embed(logits.to(solve_dtype(logits.dtype)), target, self.dim, **self.options)
 
 
 class _LabelRule(Rule):
-    """What the embeddings have in common: argmax over the classes, the last dimension."""
+    """What the embeddings have in common: argmax over the classes, sample by sample."""
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "dim")
@@ -169,9 +188,8 @@ class _LabelRule(Rule):
         dim = op.arguments["dim"]
         if dim is None:
             return "argmax over the flattened batch: name the dimension of the classes (dim=1)"
-        dims = 2 if op.input_shapes is None else len(op.input_shapes[0]) + 1
-        if dim not in (-1, dims - 1):
-            return f"argmax over dimension {dim}: the classes must be the last dimension"
+        if spans_batch(op, [dim]):
+            return f"argmax over dimension {dim}, the batch: name the dimension of the classes"
         return None
 
 
@@ -188,7 +206,7 @@ class NearestEmbeddingRule(_LabelRule):
     label_margin: float = 0.0
 
     def build(self, op: Op) -> Inversion:
-        return Embedding(_nearest_embedding, margin=self.label_margin)
+        return Embedding(_nearest_embedding, op.arguments["dim"], margin=self.label_margin)
 
 
 @dataclass(frozen=True)
@@ -203,7 +221,7 @@ class MaximumAssignmentRule(_LabelRule):
     label_margin: float = 0.0
 
     def build(self, op: Op) -> Inversion:
-        return Embedding(_maximum_assignment, margin=self.label_margin)
+        return Embedding(_maximum_assignment, op.arguments["dim"], margin=self.label_margin)
 
 
 @dataclass(frozen=True)
@@ -213,7 +231,7 @@ class OneHotRule(_LabelRule):
     equation = "Sec. 4.2"
 
     def build(self, op: Op) -> Inversion:
-        return Embedding(_one_hot)
+        return Embedding(_one_hot, op.arguments["dim"])
 
 
 class SoftmaxInversion(Inversion):

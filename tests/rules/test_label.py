@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import embedding_by_quadprog, normal, smallest_l1_distance
 from torch import nn
+from torch.nn import functional as F
 
 import frfx
 from frfx import rules
@@ -237,3 +238,104 @@ def test_half_networks_keep_the_label(dtype):
     found = frfx.invert(model, "fc", policy="minimal")(x, labels)
     assert found.dtype == dtype
     assert torch.equal(found.argmax(1), labels)
+
+
+# Dense labels: every place of an image has its own.
+
+
+@pytest.mark.parametrize("dim", [1, -2, 0, -1])
+@given(drawn=labelled(), margin=MARGINS)
+def test_classes_in_any_dimension(dim, drawn, margin):
+    logits, labels = drawn
+    rows = torch.stack([logits, 2 - logits])  # (2, N, K)
+    many = torch.stack([labels, labels.flip(0)])
+    moved = rows.movedim(-1, dim).contiguous()
+    for embed in (frfx.nearest_embedding, frfx.maximum_assignment):
+        found = embed(moved, many, margin, dim)
+        assert torch.equal(found.movedim(dim, -1), embed(rows, many, margin))
+    assert torch.equal(frfx.one_hot(moved, many, dim).movedim(dim, -1), frfx.one_hot(rows, many))
+
+
+def test_labels_that_do_not_fit_another_dimension():
+    logits = torch.zeros(2, 3, 4, 5)
+    text = r"shape \(2, 3, 4\) do not fit logits of shape \(2, 3, 4, 5\): expected \(2, 4, 5\)"
+    with pytest.raises(frfx.TargetError, match=text):
+        frfx.nearest_embedding(logits, torch.zeros(2, 3, 4, dtype=torch.int64), dim=1)
+    with pytest.raises(frfx.TargetError, match="has 3 classes, 0 to 2"):
+        frfx.nearest_embedding(logits, torch.full((2, 4, 5), 3), dim=1)
+
+
+class Dense(nn.Module):
+    """A convolution, whose output is classes for every place, and one more step."""
+
+    def __init__(self, head=None, classes=6):
+        super().__init__()
+        self.conv = nn.Conv2d(2, classes, 1).double().requires_grad_(False)
+        self.conv.weight.copy_(normal(0, classes, 2, 1, 1))
+        self.head = head
+
+    def forward(self, x):
+        logits = self.conv(x)
+        return logits if self.head is None else self.head(logits)
+
+
+DENSE = {
+    "none": None,
+    "argmax": lambda z: z.argmax(1),
+    "argmax from the end": lambda z: torch.argmax(z, dim=-3),
+    "softmax": nn.Softmax(1),
+    "Softmax2d": nn.Softmax2d(),
+    "classes last": lambda z: F.log_softmax(z.permute(0, 2, 3, 1), -1),
+    "classes last, then labels": lambda z: z.permute(0, 2, 3, 1).argmax(-1),
+    "a sequence": lambda z: z.flatten(2).transpose(1, 2).softmax(2),
+}
+
+
+@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize(("policy", "margin"), [("paper", 0.0), ("minimal", 0.5)])
+def test_dense_labels_reach_the_logits(case, policy, margin):
+    head = DENSE[case]
+    model, x = Dense(head).eval(), normal(1, 2, 2, 3, 4)
+    shape = (2, 12) if case == "a sequence" else (2, 3, 4)
+    labels = torch.arange(24).reshape(shape) % 6
+    inverse = frfx.invert(model, "conv", policy=policy)
+    found = inverse(x, labels).movedim(1, -1).reshape(24, 6)
+    rows = model.conv(x).movedim(1, -1).reshape(24, 6)
+    for row, y, embedded in zip(rows.numpy(), labels.flatten().tolist(), found, strict=True):
+        np.testing.assert_allclose(embedded, embedding_by_quadprog(row, y, margin), atol=1e-12)
+    measured = frfx.measure(inverse, x, labels)
+    assert measured.consistent.shape == (2,)
+    if margin:
+        assert measured.label_consistency == 1
+
+
+def test_consistency_of_dense_labels_is_the_share_of_places():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 2, 1)).double().requires_grad_(False)
+    for layer in model:
+        layer.weight.fill_(1.0)
+        layer.bias.zero_()
+    model[1].weight[1] = -1.0  # class 0 wins where the feature is positive
+    x = torch.tensor([[-3.0, 1.0, 2.0, 3.0], [1.0, 2.0, -1.0, -1.0]]).double()[:, None, None]
+    labels = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]])[:, None]
+    policy = frfx.policy.paper().override(op=nn.Conv2d, damping=1e12)  # the feature stays
+    measured = frfx.measure(frfx.invert(model, "0", policy=policy), x, labels)
+    assert measured.consistent.tolist() == [0.75, 0.75]
+    assert measured.label_consistency == 0.75
+
+
+def test_dense_labels_jointly():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Conv2d(3, 2, 1)).double().eval()
+    x = normal(0, 2, 1, 5, 6)
+    labels = torch.arange(24).reshape(2, 3, 4) % 2
+    policy = frfx.policy.joint(constraint="equality", margin=0.1)
+    inverse = frfx.invert(model, "1", policy=policy)
+    with torch.no_grad():
+        feature = model[:2](x)
+        wanted = frfx.nearest_embedding(model(x), labels, 0.1, dim=1)
+        kernel = model[2].weight.flatten(1)
+        step = torch.linalg.pinv(kernel) @ (wanted - model(x)).flatten(2)
+    torch.testing.assert_close(
+        inverse(x, labels), feature + step.reshape(feature.shape), atol=1e-3, rtol=0
+    )
+    assert frfx.measure(inverse, x, labels).label_consistency == 1

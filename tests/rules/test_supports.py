@@ -69,30 +69,14 @@ COMPILED = {
         lambda x: torch.adaptive_max_pool1d(x, 2)[0],
         "it returns the indices beside the values",
     ),
-    "computed max_pool window": (
-        lambda x: F.max_pool2d(x, x.shape[2:]),
-        "its kernel_size is computed in the graph, not read from the model",
-    ),
     "max_pool of two activations": (
         lambda x: F.max_pool2d(x, 2, padding=x),
         "it is applied to x, x, not to one activation",
     ),
     # Averages
-    "computed window": (
-        lambda x: F.avg_pool2d(x, x.shape[2:]),
-        "its kernel_size is computed in the graph, not read from the model",
-    ),
-    "computed scale": (
-        lambda x: F.interpolate(x, scale_factor=float(2) * x.size(2)),
-        "its scale_factor is computed in the graph, not read from the model",
-    ),
-    "computed margins": (lambda x: F.pad(x, (0, x.size(2))), "its pad is computed in the graph"),
-    "computed groups": (lambda x: F.channel_shuffle(x, x.size(1)), "its groups is computed in"),
-    "computed stride": (lambda x: F.avg_pool1d(x, 2, x.size(1)), "its stride is computed in"),
     "mean of all": (lambda x: x.mean(), f"it averages over the batch, so {BATCH}"),
     "mean of the batch": (lambda x: x.mean((0, 1)), f"it averages over the batch, so {BATCH}"),
     "mean of no dimension": (lambda x: x.mean(()), f"it averages over the batch, so {BATCH}"),
-    "computed dim": (lambda x: x.mean(x.dim() - 1), "its dim is computed in the graph"),
     # Normalisation and dropout
     "batch statistics": (
         nn.BatchNorm2d(3, track_running_stats=False),
@@ -107,10 +91,6 @@ COMPILED = {
         lambda x, w: F.batch_norm(x, w, w.exp()),
         "its running_var is computed in the graph",
         {"w": torch.ones(3)},
-    ),
-    "computed shape": (
-        lambda x: F.layer_norm(x, x.shape[1:]),
-        "its normalized_shape is computed in the graph, not read from the model",
     ),
     "computed scale of a norm": (
         lambda x, w: F.group_norm(x, 1, w * 2),
@@ -131,8 +111,8 @@ COMPILED = {
         "its other operand is computed in the graph, not read from the model",
         {"w": torch.ones(3)},
     ),
-    "computed alpha": (
-        lambda x, w: torch.add(x, w, alpha=x.size(1)),
+    "alpha in a tensor": (
+        lambda x, w: torch.add(x, w, alpha=w.sum()),
         "its alpha is computed in the graph or a tensor, not a number of the program",
         {"w": torch.ones(3)},
     ),
@@ -142,10 +122,6 @@ COMPILED = {
         "it rounds, so nothing can be told from its result",
     ),
     # Activations
-    "computed slope": (
-        lambda x: F.leaky_relu(x, x.size(0) * 0.1),
-        "its negative_slope is computed in the graph",
-    ),
     "computed slopes": (
         lambda x, w: F.prelu(x, w * 2),
         "its weight is computed in the graph",
@@ -165,11 +141,6 @@ COMPILED = {
     ),
     # Shapes
     "another dtype": (lambda x: x.view(torch.int32), "it reinterprets the bits as another dtype"),
-    "computed permutation": (
-        lambda x: x.permute(0, x.dim() - 1, 1, 2),
-        "its dims is computed in the graph",
-    ),
-    "computed dimension": (lambda x: x.transpose(1, x.dim() - 1), "its dim1 is computed"),
     # Heads
     "argmax of all": (
         lambda x: x.argmax(),
@@ -177,7 +148,7 @@ COMPILED = {
     ),
     "argmax of the batch": (
         lambda x: x.argmax(0),
-        "argmax over dimension 0: the classes must be the last dimension",
+        "argmax over dimension 0, the batch: name the dimension of the classes",
     ),
     "argmax of a computed dimension": (lambda x: x.argmax(x.dim() - 1), "its dim is computed"),
     "softmax of no dimension": (
@@ -209,6 +180,26 @@ def test_refused_when_compiled(case, policy):
 
 
 CALLED = {
+    "window of the batch": (
+        lambda x: F.avg_pool1d(x, x.size(0)),
+        (2, 3, 4),
+        "its kernel_size is computed from more than the size of the image",
+    ),
+    "slope of the batch": (
+        lambda x: F.leaky_relu(x, x.shape[0] * 0.1),
+        (2, 3),
+        "its negative_slope is computed from more than the size of the image",
+    ),
+    "a tensor made of sizes": (
+        lambda x: F.leaky_relu(x, torch.full((), x.size(1))),
+        (2, 3),
+        "its negative_slope is computed from more than the size of the image",
+    ),
+    "a rule's own reason": (
+        lambda x: x.mean(x.dim() - 2),
+        (2, 3),
+        f"it averages over the batch, so {BATCH}",
+    ),
     "conv without a batch": (nn.Conv2d(3, 2, 2), (3, 4, 4), "its input has no batch dimension"),
     "conv1d without a batch": (nn.Conv1d(3, 2, 2), (3, 4), "its input has no batch dimension"),
     "max_pool without a batch": (nn.MaxPool2d(2), (3, 4, 4), "its input has no batch dimension"),
@@ -258,10 +249,10 @@ CALLED = {
         (2, 3),
         f"it normalises over the batch, so {BATCH}",
     ),
-    "argmax beside the classes": (
-        lambda x: x.argmax(1),
-        (2, 3, 4),
-        "argmax over dimension 1: the classes must be the last dimension",
+    "argmax of the batch, counted from the end": (
+        lambda x: x.argmax(-2),
+        (2, 3),
+        "argmax over dimension -2, the batch: name the dimension of the classes",
     ),
 }
 
