@@ -237,6 +237,12 @@ transpose = define(
     [torch.transpose, torch.swapaxes, "transpose", "swapaxes", aten.transpose.int],
 )
 
+patch_merging = define(
+    "patch_merging",
+    "input",
+    ["torchvision.models.swin_transformer:_patch_merging_pad"],
+)
+
 add = define(
     "add",
     "input, other, alpha=1, **_",
