@@ -124,6 +124,11 @@ def module_classes() -> tuple[type[nn.Module], ...]:
     return tuple(s for s in _imported() if isinstance(s, type) and issubclass(s, nn.Module))
 
 
+def spellings() -> tuple[Hashable, ...]:
+    """Return every way to write an op, but for what nobody has imported."""
+    return tuple(_imported())
+
+
 def functions() -> tuple[Callable[..., Any], ...]:
     """Return every Python function that spells an op: the tracer keeps calls of them whole."""
     return tuple(s for s in _imported() if inspect.isfunction(s))
