@@ -50,12 +50,13 @@ def invert(name: str, layer: str, policy: frfx.policy.Policy) -> frfx.Inverse:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_layers(name):
-    model, x, _ = subject(name)
+    model, _, _ = subject(name)
     case = NETWORKS[name]
     if case.front_end == "torch.export":
         with pytest.raises(frfx.TraceError, match="Give example_input"):
             frfx.layers(model)
-    names = [row.name for row in frfx.layers(model, example_input=x)]
+        return
+    names = [row.name for row in frfx.layers(model)]
     assert len(names) == len(set(names))
     for layer in case.layers:
         assert any(row == layer or row.startswith(f"{layer}.") for row in names)

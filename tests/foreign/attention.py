@@ -271,9 +271,9 @@ NETWORKS = {
     "gpt": Foreign(
         PixelGpt,
         (12, 10),
-        ("transformer.drop", "transformer.h.0", "transformer.h.1"),
+        ("transformer.drop", "transformer.h.0"),
         "torch.export",
     ),
-    "gated": Foreign(GatedCnn, (3, 10, 10), ("conv", "channel", "spatial"), "torch.export"),
+    "gated": Foreign(GatedCnn, (3, 10, 10), ("conv", "spatial"), "torch.export"),
     "mobilevit": Foreign(MobileVit, (3, 16, 16), ("conv1", "conv2", "conv3")),
 }

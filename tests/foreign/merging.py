@@ -348,7 +348,7 @@ class Learner(nn.Module):
 NETWORKS = {
     "densenet_bc": Foreign(DenseNetBc, (3, 10, 10), ("conv1", "trans1", "dense2.0")),
     "dual_path": Foreign(DualPathNet, (3, 10, 10), ("relu", "layer1.0", "layer1.1.conv2")),
-    "shufflenet": Foreign(ShuffleNet, (3, 10, 10), ("relu", "layer1.0", "layer1"), "torch.export"),
+    "shufflenet": Foreign(ShuffleNet, (3, 10, 10), ("layer1.0",), "torch.export"),
     "efficientnet": Foreign(EfficientNet, (3, 10, 10), ("conv1", "layers.0", "layers.1.conv2")),
     "csp_darknet": Foreign(CspDarknet, (3, 12, 12), ("focus", "model.0", "model.2.cv1")),
     "searched": Foreign(SearchedNet, (3, 8, 8), ("stem", "cells.0", "cells.1")),

@@ -299,6 +299,6 @@ NETWORKS = {
     "multi_resolution": Foreign(MultiResolution, (3, 8, 8), ("stem", "cat")),
     "pointnet": Foreign(PointNet, (3, 9), ("x", "relu", "stn.relu_2")),
     "tcn": Foreign(Tcn, (4, 12), ("inputs", "network.0", "network")),
-    "highway": Foreign(Highway, (4, 10), ("add", "add_1"), "torch.export"),
+    "highway": Foreign(Highway, (4, 10), ("add",), "torch.export"),
     "siamese": Foreign(Siamese, (2, 12, 12), ("conv.2", "liner.0", "sub")),
 }
