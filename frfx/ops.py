@@ -124,6 +124,11 @@ def module_classes() -> tuple[type[nn.Module], ...]:
     return tuple(s for s in _imported() if isinstance(s, type) and issubclass(s, nn.Module))
 
 
+def spellings() -> tuple[Hashable, ...]:
+    """Return every way to write an op, but for what nobody has imported."""
+    return tuple(_imported())
+
+
 def functions() -> tuple[Callable[..., Any], ...]:
     """Return every Python function that spells an op: the tracer keeps calls of them whole."""
     return tuple(s for s in _imported() if inspect.isfunction(s))
@@ -164,8 +169,7 @@ class Op:
             list are named ``tensors[0]``, ``tensors[1]``, ...
         arguments: The constant arguments by canonical name. In a sequence, what the graph holds
             is named: ``("tensors[0]", "tensors[1]")``.
-        computed: Names of arguments that the graph computes, so no rule can read them; beside an
-            element of a sequence, the sequence.
+        computed: Names of arguments that the graph computes, so no rule can read them.
         module: The module that the node calls, if it calls one.
         tensor_of: The model's tensors among the arguments; each value reads the tensor anew.
         size_of: What the graph computes from sizes alone among the arguments; each value reads it

@@ -313,6 +313,12 @@ repeat_interleave = define(
     [torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave.self_int],
 )
 
+patch_merging = define(
+    "patch_merging",
+    "input",
+    ["torchvision.models.swin_transformer:_patch_merging_pad"],
+)
+
 add = define(
     "add",
     "input, other, alpha=1, **_",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from frfx import ops
@@ -25,6 +28,8 @@ def trace_symbolically(view: nn.Module) -> fx.Graph:
     redirect(scratch, {id(function): _recording(function) for function in kept})
     with no_fast_path():
         graph = _Tracer().trace(scratch)
+    for node in graph.nodes:  # else a module of the graph would wrap the function for all of fx
+        node.meta.pop("is_wrapped", None)
     keep_constants(graph, scratch, view)
     return graph
 
@@ -42,16 +47,24 @@ def _recording(function: Callable) -> Callable:
     return call
 
 
+_FACTORIES: tuple[Callable, ...] = (torch.zeros, torch.ones, torch.full, torch.empty, torch.eye)
+_FACTORIES += (torch.arange, torch.linspace, torch.rand, torch.randn)
+"""What makes tensors out of sizes."""
+
+
 class _Tracer(fx.Tracer):
     """Keeps modules and functions that spell an op whole; leaves optional arguments at defaults."""
 
     def __init__(self) -> None:
         functions = ops.functions()
-        super().__init__(autowrap_functions=functions)
+        # Those of C take a proxy for a tensor themselves, but not every torch takes one for a size.
+        builtin = tuple(f for f in ops.spellings() if isinstance(f, types.BuiltinFunctionType))
+        super().__init__(autowrap_functions=functions + builtin + _FACTORIES)
         # A function is replaced where it is called by name: in the module that calls it, which fx
         # sees to, and as an attribute of the one that defines it.
         homes = {f.__module__ for f in functions if not f.__module__.startswith("torch.")}
         self._autowrap_search += [sys.modules[home] for home in homes if home in sys.modules]
+        self._autowrap_search += [torch, F]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) in ops.module_classes():

@@ -97,11 +97,11 @@ def _finish(
     batch: int | None = None,
 ) -> Traced:
     functionalize(graph, view)
-    paths = qualified_names(graph)  # by all outputs, so that names do not depend on the choice
-    where = choose_output(graph, output)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+    paths = qualified_names(graph)  # by all outputs, so that names do not depend on the choice
+    where = choose_output(graph, output)
     graph.lint()
     kept = {node: paths[node] for node in graph.nodes}
     return Traced(graph, view, kept, front_end, batch, where)

@@ -24,6 +24,7 @@ from frfx.rules.label import (
 )
 from frfx.rules.linear import LinearRule
 from frfx.rules.max_pool import MaxPoolCopyRule, MaxPoolMinimalRule
+from frfx.rules.mover import PatchMergingRule
 from frfx.rules.norm import BatchNormRule, NormalizationRule
 from frfx.rules.pad import PadRule
 from frfx.rules.pool import AdaptiveAvgPoolRule, AvgPoolRule, MeanRule
@@ -74,6 +75,7 @@ __all__ = [
     "OneHotRule",
     "PReluRule",
     "PadRule",
+    "PatchMergingRule",
     "PermuteRule",
     "PixelShuffleRule",
     "PixelUnshuffleRule",
