@@ -235,7 +235,7 @@ class Op:
         return replace(
             self,
             arguments={**self.arguments, **known},
-            computed=tuple(name for name in self.computed if name not in known),
+            computed=tuple(n for n in self.computed if n.partition("[")[0] not in known),
             size_of={},
         )
 

@@ -347,6 +347,46 @@ div = define(
 )
 neg = define("neg", "input", [operator.neg, torch.neg, "neg", aten.neg.default])
 
+matmul = define(
+    "matmul",
+    "input, other",
+    [operator.matmul, torch.matmul, torch.linalg.matmul, "matmul", aten.matmul.default],
+)
+spell(
+    matmul,
+    [torch.mm, torch.bmm, "mm", "bmm", aten.mm.default, aten.bmm.default],
+    "input, mat2",
+)
+addmm = define(
+    "addmm",
+    "input, mat1, mat2, beta=1, alpha=1",
+    [torch.addmm, "addmm", aten.addmm.default],
+)
+spell(
+    addmm,
+    [torch.baddbmm, "baddbmm", aten.baddbmm.default],
+    "input, batch1, batch2, beta=1, alpha=1",
+)
+einsum = define(
+    "einsum",
+    "equation, left, right=None, *others, **_",
+    [torch.einsum],
+)
+spell(einsum, [aten.einsum.default], "equation, left, path=None")
+scaled_dot_product_attention = define(
+    "scaled_dot_product_attention",
+    "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, "
+    "enable_gqa=False",
+    [F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default],
+)
+multi_head_attention = define(
+    "multi_head_attention",
+    "query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, "
+    "average_attn_weights=True, is_causal=False",
+    [nn.MultiheadAttention],
+    several=True,
+)
+
 argmax = define(
     "argmax",
     "input, dim=None, keepdim=False, **_",
@@ -423,6 +463,9 @@ atan = _unary("atan", "arctan")
 sin = _unary("sin")
 sinh = _unary("sinh")
 asinh = _unary("asinh", "arcsinh")
+
+region = define("region", "input, *_", [])
+"""A part of the network that is inverted as one op; no program spells it."""
 
 HEADS = (softmax, log_softmax, argmax)
 """Op types that may close a classifier after its logits: labels pass through them unchanged."""

@@ -26,7 +26,7 @@ from frfx.errors import (
 )
 from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Shape
-from frfx.rules.base import AffineInversion, FactoredInversion
+from frfx.rules.base import FactoredInversion, Inversion
 from frfx.rules.label import check_labels
 from frfx.rules.sized import SizedInversion
 
@@ -367,7 +367,7 @@ class Finish(nn.Module):
         inversions: Those whose solvers may not have converged.
     """
 
-    def __init__(self, inversions: Iterable[AffineInversion | SizedInversion] = ()) -> None:
+    def __init__(self, inversions: Iterable[Inversion] = ()) -> None:
         super().__init__()
         self.inversions = tuple(inversions)  # registered elsewhere in the graph
 

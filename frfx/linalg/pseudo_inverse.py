@@ -26,6 +26,9 @@ _EXACT_WORK = 1 << 20
 _POWER_STEPS = 40
 """Steps of the power iterations that estimate the extreme singular values of large matrices."""
 
+_LANCZOS_STEPS = 12
+"""Steps of a bidiagonalisation; the largest singular value is then known to a few percent."""
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -141,13 +144,85 @@ def pseudo_inverse(
     return (adjoint @ inverse if side == "rows" else inverse @ adjoint), spectrum
 
 
+def pseudo_inverses(matrices: Tensor, rcond: float | None = None, damping: float = 0.0) -> Tensor:
+    """Return the pseudo-inverse of every matrix of a batch, each with a scale of its own.
+
+    For matrices that come with the samples: what a sample gets depends on no other, nothing waits
+    for the device, and a matrix that is not finite has an inverse of NaN. Computed in double, of
+    single precision and less through the Gram matrix of the short side. They count as constants:
+    no gradient flows through them.
+
+    Args:
+        matrices: Shape (..., m, n), floating point.
+        rcond: Singular values up to this share of their matrix's largest count as zero; None for
+            the machine epsilon times the larger dimension.
+        damping: Tikhonov's parameter relative to the squared largest singular value.
+
+    Returns:
+        Shape (..., n, m), of the type of the matrices, but single at least.
+    """
+    rows, columns = matrices.shape[-2:]
+    if rcond is None:
+        rcond = default_rcond(matrices.dtype, max(rows, columns))
+    rcond = effective_rcond(rcond, damping)
+    with torch.no_grad():
+        double = matrices.double()
+        finite = torch.isfinite(double).all(-1, keepdim=True).all(-2, keepdim=True)
+        double = torch.where(finite, double, 0)  # LAPACK refuses NaN
+        if matrices.dtype == torch.float64:
+            left, singular, adjoint = torch.linalg.svd(double, full_matrices=False)
+            weights = _weights_of_each(singular, rcond, damping) * singular
+            inverse = adjoint.mT @ (weights[..., None] * left.mT)
+        else:
+            wide = rows <= columns
+            squared, vectors = torch.linalg.eigh(double @ double.mT if wide else double.mT @ double)
+            if damping < _GRAM_FLOOR**2:
+                rcond = max(rcond, _GRAM_FLOOR)
+            weights = _weights_of_each(squared.clamp(min=0).sqrt(), rcond, damping)
+            gram = (vectors * weights[..., None, :]) @ vectors.mT
+            inverse = double.mT @ gram if wide else gram @ double.mT
+        return torch.where(finite, inverse, math.nan).to(solve_dtype(matrices.dtype))
+
+
+def _weights_of_each(singular: Tensor, rcond: float, damping: float) -> Tensor:
+    """Return `1 / (s_i^2 + damping s^2)` with the s of each matrix, zero where s_i is cut off."""
+    largest = singular.amax(-1, keepdim=True)
+    kept = (singular > rcond * largest) & (singular > 0)
+    shifted = singular.square() + damping * largest.square()
+    return torch.where(kept, 1 / torch.where(kept, shifted, 1), 0)
+
+
 def largest_singular_value(matrix: Tensor) -> float:
-    """Return the largest singular value of a batch of matrices; of large ones a close estimate."""
-    rows, columns = matrix.shape[-2:]
-    if min(rows, columns) < _CHOLESKY_FROM:
+    """Return the largest singular value of a batch of matrices; of large ones a close estimate.
+
+    Large ones are only multiplied by vectors, for their Gram matrices would take longer than many
+    solves.
+
+    Reference:
+        Golub and Kahan (1965): bidiagonalisation, whose singular values approach the extreme ones.
+    """
+    if min(matrix.shape[-2:]) < _CHOLESKY_FROM:
         return float(singular_values(matrix).amax())
-    product = matrix @ matrix.mH if rows <= columns else matrix.mH @ matrix
-    return float(_largest_eigenvalue(product).amax().sqrt())
+    tiny = torch.finfo(matrix.dtype).tiny
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[-1], 1, generator=generator, dtype=torch.float64)
+    right = start.to(matrix.device, matrix.dtype).expand(*matrix.shape[:-2], -1, 1)
+    right = right / torch.linalg.vector_norm(right, dim=-2, keepdim=True)
+    left: Tensor | float = 0.0
+    beta: Tensor | float = 0.0
+    diagonal, above = [], []
+    for _ in range(_LANCZOS_STEPS):
+        image = matrix @ right - beta * left
+        alpha = torch.linalg.vector_norm(image, dim=-2, keepdim=True)
+        left = image / alpha.clamp(min=tiny)
+        image = matrix.mH @ left - alpha * right
+        beta = torch.linalg.vector_norm(image, dim=-2, keepdim=True)
+        right = image / beta.clamp(min=tiny)
+        diagonal.append(alpha[..., 0, 0])
+        above.append(beta[..., 0, 0])
+    bidiagonal = torch.diag_embed(torch.stack(diagonal, -1))
+    bidiagonal += torch.diag_embed(torch.stack(above[:-1], -1), offset=1)
+    return float(torch.linalg.svdvals(bidiagonal).amax())
 
 
 def singular_values(matrices: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from frfx.rules.activation import (
     SinPaperRule,
     register_elementwise,
 )
+from frfx.rules.attention import AttentionRule, MultiheadAttentionRule
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
+from frfx.rules.bilinear import BilinearRule
 from frfx.rules.conv import ConvolutionRule
 from frfx.rules.interpolate import InterpolateRule
 from frfx.rules.join import CatRule, SplitRule, StackRule
@@ -27,6 +29,7 @@ from frfx.rules.norm import BatchNormRule, NormalizationRule
 from frfx.rules.pad import PadRule
 from frfx.rules.pool import AdaptiveAvgPoolRule, AvgPoolRule, MeanRule
 from frfx.rules.product import ProductRule, QuotientRule
+from frfx.rules.region import RegionRule
 from frfx.rules.repeat import RepeatRule
 from frfx.rules.select import SelectRule
 from frfx.rules.shape import (
@@ -46,8 +49,10 @@ from frfx.rules.sum import SumRule
 __all__ = [
     "AdaptiveAvgPoolRule",
     "AffineInversion",
+    "AttentionRule",
     "AvgPoolRule",
     "BatchNormRule",
+    "BilinearRule",
     "CastRule",
     "CatRule",
     "ChannelShuffleRule",
@@ -64,6 +69,7 @@ __all__ = [
     "MaximumAssignmentRule",
     "MeanRule",
     "MovedimRule",
+    "MultiheadAttentionRule",
     "NearestEmbeddingRule",
     "NormalizationRule",
     "OneHotRule",
@@ -75,6 +81,7 @@ __all__ = [
     "PixelUnshuffleRule",
     "ProductRule",
     "QuotientRule",
+    "RegionRule",
     "ReluIdentityRule",
     "RepeatRule",
     "ReshapeRule",
