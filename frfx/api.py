@@ -13,10 +13,10 @@ from frfx.compiler.plan import make_plan
 from frfx.compiler.prepare import run_forward
 from frfx.compiler.tail import Layers, Network
 from frfx.compiler.trace import check_batch, trace
-from frfx.compiler.view import check_model, evaluation_view, mode_dependent
 from frfx.errors import ModeWarning
 from frfx.linalg.backend import get_backend
 from frfx.policy import Policy, resolve
+from frfx.view import check_model, evaluation_view, mode_dependent
 
 
 def invert(

@@ -167,8 +167,10 @@ class Op:
         spelling: The module class, function, method name or ATen overload that the program uses.
         inputs: The arguments that hold activations: canonical name to fx node name. Elements of a
             list are named ``tensors[0]``, ``tensors[1]``, ...
-        arguments: The constant arguments by canonical name.
-        computed: Names of arguments that the graph computes, so no rule can read them.
+        arguments: The constant arguments by canonical name. In a sequence, what the graph holds
+            is named: ``("tensors[0]", "tensors[1]")``.
+        computed: Names of arguments that the graph computes, so no rule can read them; beside an
+            element of a sequence, the sequence.
         module: The module that the node calls, if it calls one.
         tensor_of: The model's tensors among the arguments; each value reads the tensor anew.
         size_of: What the graph computes from sizes alone among the arguments; each value reads it
@@ -234,7 +236,7 @@ class Op:
         return replace(
             self,
             arguments={**self.arguments, **known},
-            computed=tuple(name for name in self.computed if name not in known),
+            computed=tuple(n for n in self.computed if n.partition("[")[0] not in known),
             size_of={},
         )
 

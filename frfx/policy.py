@@ -6,13 +6,16 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from frfx import registry
 from frfx.errors import PolicyError, nearest
 from frfx.joint.options import JointOptions
 from frfx.ops import Op
-from frfx.rules.base import Rule
+from frfx.rules.base import Rule, check_choice
+
+Branches = Literal["region", "rules"]
+BRANCHES = ("region", "rules")
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Override:
 
     rule: Rule | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    branches: Branches | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Policy:
         by_node: Overrides by node, named as `frfx.layers` lists it.
         joint: How what lies below the layerwise rules is inverted as a whole; None where every op
             has its rule.
+        branches: What is done where the network branches: ``"region"`` solves the smallest part
+            around it that has one input and one output through its whole Jacobian; ``"rules"``
+            inverts op by op, and averages the answers for a feature that several ops read.
+        trust_region: Bound on `||x* - x^|| / ||x^||` of every step and sample; None for none.
     """
 
     principle: str
@@ -41,9 +49,15 @@ class Policy:
     by_op: Mapping[str, Override] = field(default_factory=dict)
     by_node: Mapping[str, Override] = field(default_factory=dict)
     joint: JointOptions | None = None
+    branches: Branches = "region"
+    trust_region: float | None = None
 
     def __post_init__(self) -> None:
         _check_options(self.options)
+        check_choice("branches", self.branches, BRANCHES)
+        radius = self.trust_region
+        if radius is not None and not (isinstance(radius, (int, float)) and 0 < radius < math.inf):
+            raise PolicyError(f"trust_region is a finite number above 0, or None, not {radius!r}")
 
     def override(
         self,
@@ -51,6 +65,7 @@ class Policy:
         op: Hashable | None = None,
         node: str | None = None,
         rule: Rule | None = None,
+        branches: Branches | None = None,
         **options: Any,
     ) -> Policy:
         """Return a policy that differs at one node, or at every node of one op.
@@ -59,6 +74,7 @@ class Policy:
             op: Any spelling of the op (`torch.nn.Conv2d`, `torch.tanh`, ...).
             node: A node's name; wins over `op`.
             rule: The rule to use there; None keeps the policy's own.
+            branches: What is done about the branches that meet there; None keeps the policy's own.
             **options: Options for the rule there, such as `damping=1e-2`.
 
         Raises:
@@ -71,25 +87,30 @@ class Policy:
         if rule is not None and options:
             raise PolicyError("give the options to the rule itself, as in LinearRule(damping=1e-2)")
         _check_options(options)
+        if branches is not None:
+            check_choice("branches", branches, BRANCHES)
+        change = Override(rule, options, branches)
         if node is not None:
-            return replace(self, by_node=_changed(self.by_node, node, rule, options))
-        name = registry.resolve(op).name
-        return replace(self, by_op=_changed(self.by_op, name, rule, options))
+            return replace(self, by_node=_changed(self.by_node, node, change))
+        return replace(self, by_op=_changed(self.by_op, registry.resolve(op).name, change))
+
+    def branches_at(self, op: Op) -> Branches:
+        """Return what is done about the branches that meet at an op."""
+        chosen = [change.branches for change in self._changes(op) if change.branches is not None]
+        return chosen[-1] if chosen else self.branches
+
+    def _changes(self, op: Op) -> list[Override]:
+        """Return the overrides for an op, the strongest last."""
+        by_op = self.by_op.get(op.type.name) if op.type else None
+        by_node = self.by_node.get(op.path) or self.by_node.get(op.name)
+        return [change for change in (by_op, by_node) if change is not None]
 
     def rule_for(self, op: Op) -> Rule | None:
         """Return the rule for an op, with its options; None if there is none."""
-        changes = [
-            change
-            for change in (
-                self.by_op.get(op.type.name) if op.type else None,
-                self.by_node.get(op.path) or self.by_node.get(op.name),
-            )
-            if change is not None
-        ]
         factory: Callable[..., Rule] | None = registry.default.find(op.type, self.principle)
         taken = [] if factory is None else registry.option_names(factory)
         options = dict(self.options)
-        for change in changes:
+        for change in self._changes(op):
             if change.rule is not None:
                 factory, options = functools.partial(replace, change.rule), {}
                 taken = [field.name for field in fields(change.rule)]
@@ -98,24 +119,38 @@ class Policy:
             return None
         return factory(**{name: value for name, value in options.items() if name in taken})
 
-    def check_nodes(self, names: set[str]) -> None:
-        """Raise `PolicyError` for overrides of nodes that are not in the graph."""
+    def check_nodes(self, names: set[str], inside: set[str]) -> None:
+        """Raise `PolicyError` for overrides of nodes that have no step of their own.
+
+        Args:
+            names: The nodes that have one.
+            inside: The nodes of the tail, those inside of regions among them.
+        """
         for node in self.by_node:
-            if node not in names:
+            if node in names:
+                continue
+            if node in inside:
                 raise PolicyError(
-                    f"the policy overrides {node!r}, which is no node between the layer and the "
-                    f"output.{nearest(node, names)}"
+                    f"the policy overrides {node!r}, which is inverted as a part of a region. "
+                    "Override the node that the region ends in, or take its ops by their rules: "
+                    'branches="rules"'
                 )
+            raise PolicyError(
+                f"the policy overrides {node!r}, which is no node between the layer and the "
+                f"output.{nearest(node, names)}"
+            )
 
 
-def _changed(
-    overrides: Mapping[str, Override], name: str, rule: Rule | None, options: Mapping[str, Any]
-) -> dict[str, Override]:
+def _changed(overrides: Mapping[str, Override], name: str, change: Override) -> dict[str, Override]:
     """Return the overrides with one more; options join those that are there."""
     before = overrides.get(name)
-    if rule is None and before is not None:
-        rule, options = before.rule, {**before.options, **options}
-    return {**overrides, name: Override(rule, options)}
+    if change.rule is None and before is not None:
+        change = Override(
+            before.rule,
+            {**before.options, **change.options},
+            change.branches or before.branches,
+        )
+    return {**overrides, name: change}
 
 
 _SIZES = ("label_margin", "clamp_margin", "rcond", "damping")
@@ -141,6 +176,8 @@ def paper(
     clamp_margin: float = 1e-3,
     rcond: float | None = None,
     damping: float | None = None,
+    branches: Branches = "region",
+    trust_region: float | None = None,
 ) -> Policy:
     """Return the paper's choices: copy through max pooling, ReLU as the identity, ties at labels.
 
@@ -152,11 +189,15 @@ def paper(
             machine epsilon times the larger dimension.
         damping: Tikhonov's parameter relative to the squared largest singular value; None for 0,
             and for what the solver of a padded convolution finds necessary.
+        branches: What is done where the network branches: ``"region"`` solves the smallest part
+            around it that has one input and one output through its whole Jacobian; ``"rules"``
+            inverts op by op, and averages the answers for a feature that several ops read.
+        trust_region: Bound on `||x* - x^|| / ||x^||` of every step and sample; None for none.
     """
     options = {"label_margin": label_margin, "clamp_margin": clamp_margin, "rcond": rcond}
     if damping is not None:
         options["damping"] = damping
-    return Policy("paper", options)
+    return Policy("paper", options, branches=branches, trust_region=trust_region)
 
 
 def minimal(
@@ -165,6 +206,8 @@ def minimal(
     clamp_margin: float = 1e-3,
     rcond: float | None = None,
     damping: float | None = None,
+    branches: Branches = "region",
+    trust_region: float | None = None,
 ) -> Policy:
     """Return the minimal-deviation choices: the nearest preimage through every op.
 
@@ -176,9 +219,20 @@ def minimal(
             machine epsilon times the larger dimension.
         damping: Tikhonov's parameter relative to the squared largest singular value; None for 0,
             and for what the solver of a padded convolution finds necessary.
+        branches: What is done where the network branches: ``"region"`` solves the smallest part
+            around it that has one input and one output through its whole Jacobian; ``"rules"``
+            inverts op by op, and averages the answers for a feature that several ops read.
+        trust_region: Bound on `||x* - x^|| / ||x^||` of every step and sample; None for none.
     """
     return replace(
-        paper(label_margin=margin, clamp_margin=clamp_margin, rcond=rcond, damping=damping),
+        paper(
+            label_margin=margin,
+            clamp_margin=clamp_margin,
+            rcond=rcond,
+            damping=damping,
+            branches=branches,
+            trust_region=trust_region,
+        ),
         principle="minimal",
     )
 

@@ -227,14 +227,90 @@ reshape = define(
     "input, *shape, **_",
     [nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze]
     + ["flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", torch.unflatten]
+    + ["ravel", torch.ravel]
     + [aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten._unsafe_view.default]
     + [aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default],
 )
+spell(reshape, ["view_as", "reshape_as", aten.view_as.default], "input, other")
 permute = define("permute", "input, *dims, **_", [torch.permute, "permute", aten.permute.default])
 transpose = define(
     "transpose",
     "input, dim0, dim1",
-    [torch.transpose, torch.swapaxes, "transpose", "swapaxes", aten.transpose.int],
+    [torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"]
+    + [aten.transpose.int],
+)
+
+movedim = define(
+    "movedim",
+    "input, source, destination",
+    [torch.movedim, torch.moveaxis, "movedim", "moveaxis"]
+    + [aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist],
+)
+roll = define("roll", "input, shifts, dims=()", [torch.roll, "roll", aten.roll.default])
+flip = define("flip", "input, *dims, **_", [torch.flip, "flip", aten.flip.default])
+rot90 = define("rot90", "input, k=1, dims=(0, 1)", [torch.rot90, "rot90", aten.rot90.default])
+cast = define(
+    "cast",
+    "input, *args, **kwargs",
+    ["to", "type_as", "float", "double", "half", "bfloat16"]
+    + [aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.other]
+    + [aten.type_as.default],
+)
+
+cat = define(
+    "cat",
+    "tensors, dim=0, **_",
+    [torch.cat, torch.concat, torch.concatenate, aten.cat.default, aten.concat.default],
+)
+stack = define("stack", "tensors, dim=0, **_", [torch.stack, aten.stack.default])
+chunk = define(
+    "chunk",
+    "input, chunks, dim=0",
+    [torch.chunk, "chunk", aten.chunk.default],
+    several=True,
+)
+split = define(
+    "split",
+    "input, split_size, dim=0",
+    [torch.split, torch.split_with_sizes, "split", "split_with_sizes"]
+    + [aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default],
+    several=True,
+)
+tensor_split = define(
+    "tensor_split",
+    "input, indices_or_sections, dim=0",
+    [torch.tensor_split, "tensor_split", aten.tensor_split.sections, aten.tensor_split.indices],
+    several=True,
+)
+unbind = define("unbind", "input, dim=0", [torch.unbind, "unbind", aten.unbind.int], several=True)
+getitem = define("getitem", "input, index", [operator.getitem, "__getitem__"])
+spell(getitem, [aten.index.Tensor], "input, indices")
+spell(getitem, [aten.slice.Tensor], "input, dim=0, start=None, end=None, step=1")
+select = define("select", "input, dim, index", [torch.select, "select", aten.select.int])
+index_select = define(
+    "index_select",
+    "input, dim, index",
+    [torch.index_select, "index_select", aten.index_select.default],
+)
+narrow = define(
+    "narrow", "input, dim, start, length", [torch.narrow, "narrow", aten.narrow.default]
+)
+expand = define(
+    "expand",
+    "input, *size, **_",
+    ["expand", "broadcast_to", torch.broadcast_to]
+    + [aten.expand.default, aten.broadcast_to.default],
+)
+spell(expand, ["expand_as", aten.expand_as.default], "input, other")
+repeat = define(
+    "repeat",
+    "input, *repeats, **_",
+    ["repeat", "tile", torch.tile, aten.repeat.default, aten.tile.default],
+)
+repeat_interleave = define(
+    "repeat_interleave",
+    "input, repeats, dim=None, **_",
+    [torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave.self_int],
 )
 
 patch_merging = define(
@@ -270,6 +346,46 @@ div = define(
     + [aten.div.Tensor, aten.div.Scalar],
 )
 neg = define("neg", "input", [operator.neg, torch.neg, "neg", aten.neg.default])
+
+matmul = define(
+    "matmul",
+    "input, other",
+    [operator.matmul, torch.matmul, torch.linalg.matmul, "matmul", aten.matmul.default],
+)
+spell(
+    matmul,
+    [torch.mm, torch.bmm, "mm", "bmm", aten.mm.default, aten.bmm.default],
+    "input, mat2",
+)
+addmm = define(
+    "addmm",
+    "input, mat1, mat2, beta=1, alpha=1",
+    [torch.addmm, "addmm", aten.addmm.default],
+)
+spell(
+    addmm,
+    [torch.baddbmm, "baddbmm", aten.baddbmm.default],
+    "input, batch1, batch2, beta=1, alpha=1",
+)
+einsum = define(
+    "einsum",
+    "equation, left, right=None, *others, **_",
+    [torch.einsum],
+)
+spell(einsum, [aten.einsum.default], "equation, left, path=None")
+scaled_dot_product_attention = define(
+    "scaled_dot_product_attention",
+    "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, "
+    "enable_gqa=False",
+    [F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default],
+)
+multi_head_attention = define(
+    "multi_head_attention",
+    "query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, "
+    "average_attn_weights=True, is_causal=False",
+    [nn.MultiheadAttention],
+    several=True,
+)
 
 argmax = define(
     "argmax",
@@ -347,6 +463,9 @@ atan = _unary("atan", "arctan")
 sin = _unary("sin")
 sinh = _unary("sinh")
 asinh = _unary("asinh", "arcsinh")
+
+region = define("region", "input, *_", [])
+"""A part of the network that is inverted as one op; no program spells it."""
 
 HEADS = (softmax, log_softmax, argmax)
 """Op types that may close a classifier after its logits: labels pass through them unchanged."""

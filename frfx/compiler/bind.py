@@ -76,21 +76,33 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
     computed: list[str] = []
     tensor_of: dict[str, Callable[[], Tensor]] = {}
     size_of: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
-    for name, value in values.items():
+
+    def enter(name: str, value: Any) -> None:
         if isinstance(value, fx.Node) and value in live:
             inputs[name] = value.name
         elif _is_tensor(value, traced.root):
             tensor_of[name] = functools.partial(_read, traced.root, str(value.target))
         elif isinstance(value, Tensor) and module is not None:
             tensor_of[name] = functools.partial(_read, module, name)
-        elif nodes := _nodes(value):
-            if isinstance(value, (list, tuple)):
-                inputs |= {f"{name}[{i}]": v.name for i, v in enumerate(value) if v in live}
+        elif _nodes(value):  # is one, or a slice from or to one
             computed.append(name)
-            if all(_is_size(source) for source in nodes):
-                size_of[name] = functools.partial(_resolve, value)
         else:
             constants[name] = value
+
+    for name, value in values.items():
+        nodes = _nodes(value)
+        if nodes and all(map(_is_size, nodes)):
+            size_of[name] = functools.partial(_resolve, value)
+        if not isinstance(value, (list, tuple)) or not nodes:
+            enter(name, value)
+            continue
+        elements = {f"{name}[{i}]": element for i, element in enumerate(value)}
+        held = {place: element for place, element in elements.items() if _nodes(element)}
+        for place, element in held.items():
+            enter(place, element)
+        constants[name] = tuple(p if p in held else element for p, element in elements.items())
+        if not held.keys().isdisjoint(computed):
+            computed.append(name)
     return Op(
         type=entry.type if entry else None,
         name=node.name,

@@ -6,7 +6,7 @@ import operator
 
 from torch import fx, nn
 
-from frfx.compiler.view import scratch_view
+from frfx.view import scratch_view
 
 _CONSTANTS = "_frfx_constants"
 

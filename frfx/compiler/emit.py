@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import operator
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
+from frfx import vocabulary
+from frfx.compiler.forward import copy_nodes, forget_unused
 from frfx.compiler.plan import Plan, Step
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend
 from frfx.rules.base import AffineInversion, Inversion
+from frfx.rules.combine import fan_out_inverse, limit_deviation, replace_parts
 from frfx.rules.label import predicted_labels
 from frfx.rules.sized import SizedInversion
 
@@ -23,14 +29,14 @@ class Stage:
         module: The path of the inversion's module.
         target: The node whose value is `y*`.
         output: The node whose value is `y^`.
-        result: The node whose value is `x*`.
+        results: The nodes whose values are `x*`, in the order of `step.reconstructed`.
     """
 
     step: Step
     module: str
     target: str
     output: str
-    result: str
+    results: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -43,76 +49,97 @@ class Emitted:
         inversions: The children of `inverse`.
         stages: The walk back, in order.
         cut: The name of the forward node that is reconstructed.
+        feature: The name of the node whose value is `a*`.
     """
 
     graph: fx.Graph
     inversions: nn.Module
     stages: tuple[Stage, ...]
     cut: str
+    feature: str
 
 
 def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     """Write the reconstruction graph of a plan, whose solvers a backend applies."""
     graph = fx.Graph()
+    x, target = graph.placeholder("x"), graph.placeholder("target")
+    start = graph.call_module("prepare", (x, target))
+    walk = _Walk(graph, copy_nodes(traced, graph, {traced.input: x}, traced.graph.nodes), start)
     inversions = nn.Module()
-    x = graph.placeholder("x")
-    target = graph.placeholder("target")
-    value = graph.call_module("prepare", (x, target))
-    copies = _copy_forward(traced, graph, {traced.input: x})
-
     stages = []
     for step in plan.steps:
-        inputs = tuple(copies[node] for node in step.inputs)
-        output = (
-            graph.call_function(predicted_labels, (*inputs, plan.class_dim))
-            if step.node is None
-            else copies[step.node]
-        )
         inversion = step.rule.build(step.op)
         if isinstance(inversion, (AffineInversion, SizedInversion)):
             inversion.backend = backend
         path = f"inverse.{_add(inversions, step.op.name, inversion)}"
-        result = graph.create_node(
-            "call_module", path, (value, output, *inputs), name=f"{step.op.name}_inverse"
-        )
-        stages.append(Stage(step, path, value.name, output.name, result.name))
-        value = result
-    cut = copies[plan.tail.cut]
-    graph.output(graph.call_module("finish", (value, cut)))
-    _forget_unused(graph)
-    return Emitted(graph, inversions, tuple(stages), cut.name)
+        stages.append(walk.back(step, path, plan.trust_region))
+    cut = walk.copies[plan.tail.cut]
+    feature = walk.target(plan.tail.cut)
+    graph.output(graph.call_module("finish", (feature, cut)))
+    forget_unused(graph)
+    return Emitted(graph, inversions, tuple(stages), cut.name, feature.name)
 
 
-def forward_module(traced: Traced, outputs: tuple[fx.Node, ...]) -> fx.GraphModule:
-    """Return a module that computes some values of the forward pass.
+class _Walk:
+    """Writes the walk back: what has been answered for every forward node, so far.
 
     Args:
-        traced: The network.
-        outputs: The nodes whose values are returned, as a tuple.
+        graph: Where it is written.
+        copies: The forward nodes in that graph.
+        start: The node that holds the target of the walk.
     """
-    graph = fx.Graph()
-    copies = _copy_forward(traced, graph, {traced.input: graph.placeholder("x")})
-    graph.output(tuple(copies[node] for node in outputs))
-    _forget_unused(graph)
-    root = nn.Module()
-    root.add_module("model", traced.root)
-    module = fx.GraphModule(root, graph, class_name="Forward")
-    module.add_module("model", traced.root)  # whole: GraphModule copies only what it needs
-    return module
 
+    def __init__(self, graph: fx.Graph, copies: dict[fx.Node, fx.Node], start: fx.Node) -> None:
+        self.graph, self.copies = graph, copies
+        self._start: fx.Node | None = start
+        self._answers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
 
-def _copy_forward(
-    traced: Traced, graph: fx.Graph, known: dict[fx.Node, fx.Node]
-) -> dict[fx.Node, fx.Node]:
-    """Copy the forward pass into a graph, but for the nodes that are known in it."""
-    copies = dict(known)
-    for node in traced.graph.nodes:
-        if node.op == "output" or node in copies:
-            continue
-        copy = copies[node] = graph.node_copy(node, lambda source: copies[source])
-        if node.op in ("call_module", "get_attr"):
-            copy.target = f"model.{node.target}"
-    return copies
+    def target(self, node: fx.Node) -> fx.Node:
+        """Return the node that holds the target of a forward node: all answers for it, as one."""
+        answers = self._answers.pop(node, [])
+        parts: dict[Any, fx.Node] = {
+            user.args[1]: self.target(user)
+            for user in node.users
+            if user.target is operator.getitem and not answers and user in self._answers
+        }
+        if parts:
+            return self.graph.call_function(replace_parts, (self.copies[node], parts))  # type: ignore[arg-type]
+        if not answers:  # where the walk begins
+            assert self._start is not None
+            answers, self._start = [self._start], None
+        if len(answers) == 1:
+            return answers[0]
+        return self.graph.create_node(
+            "call_function", fan_out_inverse, tuple(answers), name=f"{node.name}_fan_out_inverse"
+        )
+
+    def back(self, step: Step, path: str, trust_region: float | None) -> Stage:
+        """Write one step, by the module at a path."""
+        graph = self.graph
+        inputs = tuple(self.copies[node] for node in step.inputs)
+        embeds = step.op.type is vocabulary.argmax  # labels, which heads have let pass
+        asked = step.inputs[0] if step.node is None or embeds else step.node
+        target = self.target(asked)
+        if step.node is None:  # the argmax that goes unsaid
+            output = graph.call_function(predicted_labels, (*inputs, step.op.arguments["dim"]))
+        else:
+            output = self.copies[step.node]
+        result = graph.create_node(
+            "call_module", path, (target, output, *inputs), name=f"{step.op.name}_inverse"
+        )
+        results = [result]
+        if len(step.reconstructed) > 1:
+            count = len(step.reconstructed)
+            results = [graph.call_function(operator.getitem, (result, i)) for i in range(count)]
+        if trust_region is not None and not step.passes_labels:
+            results = [
+                graph.call_function(limit_deviation, (answer, self.copies[node], trust_region))
+                for answer, node in zip(results, step.reconstructed, strict=True)
+            ]
+        for answer, node in zip(results, step.reconstructed, strict=True):
+            self._answers[node].append(answer)
+        names = tuple(answer.name for answer in results)
+        return Stage(step, path, target.name, output.name, names)
 
 
 def _add(inversions: nn.Module, name: str, inversion: Inversion) -> str:
@@ -120,10 +147,3 @@ def _add(inversions: nn.Module, name: str, inversion: Inversion) -> str:
         name += "_"
     inversions.add_module(name, inversion)
     return name
-
-
-def _forget_unused(graph: fx.Graph) -> None:
-    """Erase forward nodes that nothing reads, such as a softmax in front of an argmax."""
-    for node in reversed(graph.nodes):
-        if node.op not in ("placeholder", "output") and not node.users:
-            graph.erase_node(node)

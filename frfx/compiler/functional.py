@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from frfx.compiler.view import writes_in_place
+from frfx.view import writes_in_place
 
 _OUT_OF_PLACE = {
     operator.iadd: operator.add,

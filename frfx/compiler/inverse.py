@@ -15,12 +15,11 @@ from frfx.compiler.emit import Emitted, Stage
 from frfx.compiler.plan import Plan
 from frfx.compiler.prepare import Finish, Preparation
 from frfx.compiler.trace import Traced
-from frfx.compiler.view import unlink
 from frfx.errors import NonFiniteError
 from frfx.joint import JointInversion, Report
 from frfx.ops import show_shape
-from frfx.rules.base import AffineInversion, FactoredInversion
-from frfx.rules.sized import SizedInversion
+from frfx.rules.base import FactoredInversion, Inversion
+from frfx.view import unlink
 
 
 @dataclass(frozen=True)
@@ -160,9 +159,7 @@ class Inverse(fx.GraphModule):
             "model": traced.root,
             "inverse": inversions,
             "prepare": Preparation(traced, plan, factored),
-            "finish": Finish(
-                i for i in factored.values() if isinstance(i, (AffineInversion, SizedInversion))
-            ),
+            "finish": Finish(c for c in inversions.children() if isinstance(c, Inversion)),
         }
         root = nn.Module()
         for name, child in children.items():
@@ -171,7 +168,8 @@ class Inverse(fx.GraphModule):
         for name, child in children.items():
             self.add_module(name, child)  # whole, where GraphModule copies the attributes it needs
         self.traced, self.plan = traced, plan
-        self._stages, self._cut, self._recipe = emitted.stages, emitted.cut, recipe
+        self._stages, self._recipe = emitted.stages, recipe
+        self._cut, self._feature = emitted.cut, emitted.feature
         self.graph.lint()
         self.training = False
         # The model's view is in evaluation mode already, and its train() may write to parameters.
@@ -211,11 +209,12 @@ class Inverse(fx.GraphModule):
         for stage in self._stages:
             wanted, had = values[stage.target], values[stage.output]
             op = stage.step.op
-            if wanted.dtype.is_floating_point == had.dtype.is_floating_point:  # else labels pass
+            if _is_comparable(wanted, had):
                 nodes.append(NodeValues(op.path, op.type.name if op.type else "", wanted, had))
-            self._check_finite(values[stage.result], op.path, x)
+            for result in stage.results:
+                self._check_finite(values[result], op.path, x)
         feature = values[self._cut]
-        final = values[self._stages[-1].result].to(feature.dtype)
+        final = values[self._feature].to(feature.dtype)
         self._check_finite(final, self.layer, x)
         nodes.append(NodeValues(self.layer, "feature", final, feature))
         return Reconstruction(nodes)
@@ -308,6 +307,13 @@ class Inverse(fx.GraphModule):
 
     def __copy__(self) -> Inverse:
         return _remake(self._recipe, self.model, self.factor_memory)
+
+
+def _is_comparable(wanted: Any, had: Any) -> bool:
+    """Tell whether a node has a target of its own kind: no label that passes, and no tuple."""
+    if not isinstance(wanted, Tensor) or not isinstance(had, Tensor):
+        return False
+    return wanted.is_floating_point() == had.is_floating_point()
 
 
 def _remake(recipe: functools.partial[Inverse], model: nn.Module, memory: int) -> Inverse:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +12,22 @@ from torch import fx
 
 from frfx import vocabulary
 from frfx.compiler.bind import bind, op_type
-from frfx.compiler.regions import regions, top
+from frfx.compiler.regions import (
+    Region,
+    between,
+    joint_regions,
+    links,
+    region,
+    returns_several,
+    top,
+)
 from frfx.compiler.tail import Network, Tail
-from frfx.errors import UnsupportedOp, UnsupportedOpsError
-from frfx.joint import REGION
+from frfx.errors import LayerError, UnsupportedOp, UnsupportedOpsError
+from frfx.joint import JointRule
 from frfx.ops import Op, Shape, describe
 from frfx.policy import Policy
 from frfx.rules.base import Rule
+from frfx.rules.region import RegionRule
 from frfx.rules.sized import wait_for_sizes
 
 
@@ -29,13 +39,17 @@ class Step:
         op: The op.
         rule: The rule that inverts it.
         node: The forward node, or None for the argmax that a network of logits ends in unsaid.
-        inputs: The forward nodes that are reconstructed.
+        inputs: The forward nodes that the op reads, in the order of `op.inputs`.
+        reconstructed: Those of them that the rule answers for, in its order.
+        passes_labels: Whether a label may pass through it: at the logits, and behind them.
     """
 
     op: Op
     rule: Rule
     node: fx.Node | None
     inputs: tuple[fx.Node, ...]
+    reconstructed: tuple[fx.Node, ...]
+    passes_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,12 +61,14 @@ class Plan:
         tail: What they invert.
         takes_scores: Whether a float target is meaningful: the network does not end in argmax.
         class_dim: The dimension of the logits that holds the classes.
+        trust_region: Bound on the relative deviation of every step; None for none.
     """
 
     steps: tuple[Step, ...]
     tail: Tail
     takes_scores: bool
     class_dim: int
+    trust_region: float | None = None
 
     def check(
         self,
@@ -74,7 +90,7 @@ class Plan:
         for step in self.steps:
             op = _with_shapes(step.op, step.node, step.inputs, shapes).with_sizes(sizes)
             reason = step.rule.supports(op)
-            if step.node in hooked and op.type is not REGION:  # that runs its hooks
+            if step.node in hooked and op.type is not vocabulary.region:  # that runs its hooks
                 reason = "a hook of the module changes its value, which no rule can see"
                 remedy = "remove the hook, or write what it does in the forward of the model"
                 problems.append(_problem(op, reason, step.rule, remedy))
@@ -87,7 +103,7 @@ class Plan:
 def make_plan(
     network: Network, tail: Tail, policy: Policy, shapes: Mapping[fx.Node, Shape] | None = None
 ) -> Plan:
-    """Choose a rule for every op of a tail.
+    """Choose a rule for every op of a tail, and for every region that is solved as one.
 
     Args:
         network: The data flow of the forward graph.
@@ -98,54 +114,133 @@ def make_plan(
     Raises:
         UnsupportedOpsError: If some ops cannot be inverted; names all of them.
         PolicyError: If the policy overrides a node that is not there.
-        LayerError: If the policy cuts the tail where a path goes past the cut.
+        LayerError: If the policy cuts the tail where a path goes past the cut, or no rule answers
+            for the cut.
     """
-    joint = [] if policy.joint is None else regions(network, tail, policy.joint)
-    below = tail
-    if joint and policy.joint is not None:
-        tail = network.tail(top(network, tail, policy.joint))  # above it, every op has its rule
-    traced, flow = network.traced, network.flow
-    beyond = [node for node in tail.nodes if node in network.heads]
-    ends_in_argmax = any(op_type(node, traced.root) is vocabulary.argmax for node in beyond)
-    problems = []
-    for branch in tail.branches:
-        inputs = tuple(flow.predecessors(branch.node))
-        op = _with_shapes(bind(branch.node, traced, network.live), branch.node, inputs, shapes)
-        problems.append(_problem(op, branch.reason, None, _way_round(network, tail)))
-    branching = {branch.node for branch in tail.branches}
-    steps: list[Step] = []
+    planner = _Planner(network, policy, shapes)
+    joint: list[Region] = []
+    above = tail
+    if policy.joint is not None:
+        joint = joint_regions(network, tail, policy.joint)
+        above = network.tail(top(network, tail, policy.joint))  # above it, every op has its rule
+    planner.heads(above, embeds=not joint or above.cut is not above.logits)
+    for start, end in reversed(links(network, above)):
+        if end not in network.heads:
+            planner.link(start, end)
+    planner.fail_if_unsupported()
+    names = {name for step in planner.steps for name in (step.op.path, step.op.name)}
+    policy.check_nodes(names, {network.traced.paths[node] for node in tail.nodes})
+    for op, end, inputs in joint:
+        assert policy.joint is not None
+        rule = JointRule(policy.joint, network.traced.batch)
+        planner.steps.append(Step(op, rule, end, inputs, inputs[:1]))
+        planner.answered.add(inputs[0])
+    if tail.cut not in planner.answered and planner.steps:
+        raise LayerError(
+            f"no rule answers for {network.traced.paths[tail.cut]!r}: whatever reads it holds it "
+            'at its forward value. Cut elsewhere, or take branches="region"'
+        )
+    beyond = [op_type(node, network.traced.root) for node in above.nodes if node in network.heads]
+    return Plan(
+        tuple(planner.steps),
+        tail,
+        takes_scores=vocabulary.argmax not in beyond,
+        class_dim=network.class_dim(),
+        trust_region=policy.trust_region,
+    )
 
-    def add(op: Op, node: fx.Node | None, inputs: tuple[fx.Node, ...]) -> None:
-        rule = policy.rule_for(op)
-        if rule is not None and node not in network.heads:
+
+class _Planner:
+    """Walks back through a tail and collects its steps, and what has no rule.
+
+    Attributes:
+        steps: The inversions, in the order of the walk back.
+        answered: The nodes that have a target.
+    """
+
+    def __init__(
+        self, network: Network, policy: Policy, shapes: Mapping[fx.Node, Shape] | None
+    ) -> None:
+        self._network, self._policy, self._shapes = network, policy, shapes
+        self._problems: list[UnsupportedOp] = []
+        self._by_name = {node.name: node for node in network.traced.graph.nodes}
+        self.steps: list[Step] = []
+        self.answered = {network.output}
+
+    def heads(self, tail: Tail, *, embeds: bool) -> None:
+        """Take labels through softmax, and embed them at the logits."""
+        network = self._network
+        self.answered.add(tail.logits)
+        embedding: tuple[Op, fx.Node | None] = (
+            _unsaid_argmax(tail.logits, network.class_dim()),
+            None,
+        )
+        for node in reversed(tail.nodes):
+            if node in network.heads:
+                op = bind(node, network.traced, network.live)
+                if op.type is vocabulary.argmax:  # of what reads the logits; they are embedded
+                    embedding = (replace(op, inputs={"input": tail.logits.name}), node)
+                else:
+                    self._add(op, node, passes_labels=True)
+        if embeds:  # else a joint region takes the labels
+            self._add(*embedding, passes_labels=True)
+
+    def link(self, start: fx.Node, end: fx.Node) -> None:
+        """Invert what lies between two neighbours that all paths lead through."""
+        inside = between(self._network, start, end)
+        op = self._bind(end, {start, *inside})
+        branches = len(op.free) > 1 or inside
+        if branches and self._policy.branches_at(op) == "region":
+            self._add(*region(self._network, start, end)[:2])
+        else:
+            nodes = (node for node in self._network.traced.graph.nodes if node in inside)
+            for node in (end, *reversed(tuple(nodes))):
+                self._op(node, {start, *inside})
+
+    def _op(self, node: fx.Node, reached: set[fx.Node]) -> None:
+        """Invert one op by its rule, if there is a target for it."""
+        is_part = node.target is operator.getitem and any(
+            returns_several(self._network, source) for source in node.all_input_nodes
+        )
+        if node not in self.answered:
+            return
+        if is_part:  # the walk puts the parts of a tuple together itself
+            self.answered.add(node.all_input_nodes[0])
+            return
+        op = self._bind(node, reached)
+        sources = {op.inputs[name] for name in op.free}
+        if len(sources) == 1 and isinstance(self._policy.rule_for(op), RegionRule):
+            op, *_ = region(self._network, self._by_name[sources.pop()], node)
+        self._add(op, node)
+
+    def _bind(self, node: fx.Node, reached: set[fx.Node]) -> Op:
+        op = bind(node, self._network.traced, self._network.live)
+        held = {name for name, source in op.inputs.items() if self._by_name[source] not in reached}
+        return replace(op, held=frozenset(held))
+
+    def _add(self, op: Op, node: fx.Node | None, *, passes_labels: bool = False) -> None:
+        rule = self._policy.rule_for(op)
+        if rule is not None and not passes_labels:
             rule = wait_for_sizes(rule, op)
-        seen = _with_shapes(op, node, inputs, shapes)
+        inputs = tuple(self._by_name[name] for name in op.inputs.values())
+        seen = _with_shapes(op, node, inputs, self._shapes)
         reason = "no rule is registered for it" if rule is None else rule.supports(seen)
         if reason is not None:
-            problems.append(_problem(seen, reason, rule))
-        elif rule is not None:
-            steps.append(Step(op, rule, node, inputs))
+            self._problems.append(_problem(seen, reason, rule))
+        names = op.free if rule is None or reason is not None else rule.reconstructs(op)
+        reconstructed = tuple(self._by_name[op.inputs[name]] for name in names)
+        self.answered.update(reconstructed)  # so that every problem is found
+        if rule is not None and reason is None and reconstructed:
+            self.steps.append(Step(op, rule, node, inputs, reconstructed, passes_labels))
 
-    # Labels pass through softmax, and are embedded at the logits.
-    embedding: tuple[Op, fx.Node | None] = (_unsaid_argmax(tail.logits, network.class_dim()), None)
-    for node in reversed(beyond):
-        op = bind(node, traced, network.live)
-        if op.type is vocabulary.argmax:
-            embedding = (op, node)
-        else:
-            add(op, node, tuple(flow.predecessors(node)))
-    if not joint or tail.cut is not tail.logits:  # else the first region takes the labels
-        add(*embedding, (tail.logits,))
-    for node in reversed(tail.nodes):
-        if node not in network.heads and node not in branching:
-            op = bind(node, traced, network.live)
-            add(op, node, tuple(flow.predecessors(node)))
-    if problems:
+    def fail_if_unsupported(self) -> None:
+        """Raise `UnsupportedOpsError` if some ops have no rule, in forward order."""
+        traced = self._network.traced
         order = {traced.paths[node]: i for i, node in enumerate(traced.graph.nodes)}
-        raise UnsupportedOpsError(sorted(problems, key=lambda p: order.get(p.path, len(order))))
-    policy.check_nodes({s.op.path for s in steps} | {s.op.name for s in steps})
-    steps += [Step(op, rule, end, inputs) for op, rule, end, inputs in joint]
-    return Plan(tuple(steps), below, not ends_in_argmax, network.class_dim())
+        if self._problems:
+            raise UnsupportedOpsError(
+                sorted(self._problems, key=lambda p: order.get(p.path, len(order)))
+            )
 
 
 def _unsaid_argmax(logits: fx.Node, dim: int) -> Op:
@@ -169,13 +264,6 @@ def _with_shapes(
     if node is None or shapes is None or not shapes.keys() >= {node, *inputs}:
         return op
     return op.with_shapes(tuple(shapes[source] for source in inputs), shapes[node])
-
-
-def _way_round(network: Network, tail: Tail) -> str:
-    """Return the line that inverts as far as there is no branch."""
-    straight = (n for n in tail.chain if n not in network.heads and not network.tail(n).branches)
-    name = network.traced.paths[next(straight)]
-    return f"frfx.invert(model, upto_layer={name!r}), the first layer behind the branches"
 
 
 def _problem(op: Op, reason: str, rule: Rule | None, remedy: str | None = None) -> UnsupportedOp:

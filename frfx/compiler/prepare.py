@@ -26,7 +26,7 @@ from frfx.errors import (
 )
 from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Shape
-from frfx.rules.base import AffineInversion, FactoredInversion
+from frfx.rules.base import FactoredInversion, Inversion
 from frfx.rules.label import check_labels
 from frfx.rules.sized import SizedInversion
 
@@ -181,11 +181,11 @@ class Preparation(nn.Module):
         needed = set()
         by_name = {node.name: shape for node, shape in shapes.items()}
         for name, inversion in self.factored.items():
-            source = next(iter(inversion.op.inputs.values()))
-            given, gave = by_name[source], by_name.get(inversion.op.name, ())  # () for a tuple
+            given = tuple(by_name[source] for source in inversion.op.inputs.values())
+            gave = by_name.get(inversion.op.name, ())  # () for a tuple
             if isinstance(inversion, SizedInversion):
-                inversion.settle(inversion.op.with_shapes((given,), gave).with_sizes(sizes))
-            key = inversion.key(given, gave)
+                inversion.settle(inversion.op.with_shapes(given, gave).with_sizes(sizes))
+            key = inversion.key(given[0], gave)
             needed.add((name, key))
             if key not in inversion.factors:
                 # Factors outlive the call: outside of inference mode, autograd may use them.
@@ -367,7 +367,7 @@ class Finish(nn.Module):
         inversions: Those whose solvers may not have converged.
     """
 
-    def __init__(self, inversions: Iterable[AffineInversion | SizedInversion] = ()) -> None:
+    def __init__(self, inversions: Iterable[Inversion] = ()) -> None:
         super().__init__()
         self.inversions = tuple(inversions)  # registered elsewhere in the graph
 

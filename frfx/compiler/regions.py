@@ -1,27 +1,69 @@
-"""Regions of a tail that are inverted as one op: which, and the module that runs each."""
+"""What is inverted as one op: the regions of a tail between nodes that all paths lead through."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 
 import networkx as nx
-import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
+from frfx import vocabulary
+from frfx.compiler.bind import op_type
+from frfx.compiler.forward import region_module
 from frfx.compiler.tail import Network, Tail
-from frfx.compiler.trace import Traced
-from frfx.compiler.view import evaluation_view
 from frfx.errors import LayerError, nearest
 from frfx.joint.options import JointOptions
-from frfx.joint.rule import REGION, JointRule
-from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op
 
-Joint = tuple[Op, JointRule, fx.Node, tuple[fx.Node, ...]]
-"""A region as an op, its rule, the node that it ends in, and what goes into it."""
+Region = tuple[Op, fx.Node, tuple[fx.Node, ...]]
+"""A region as an op, the node that it ends in, and what goes into it, the feature first."""
 
 
-def regions(network: Network, tail: Tail, options: JointOptions) -> list[Joint]:
+def region(network: Network, start: fx.Node, end: fx.Node) -> Region:
+    """Return the part of a network between two nodes as one op.
+
+    Args:
+        network: The data flow of the forward graph.
+        start: The feature that is reconstructed.
+        end: The node that has a target.
+    """
+    module, held = region_module(network, start, end)
+    names = [f"held[{i}]" for i in range(len(held))]
+    op = Op(
+        type=vocabulary.region,
+        name=end.name,
+        path=network.traced.paths[end],
+        spelling=fx.GraphModule,
+        inputs={"input": start.name, **dict(zip(names, (n.name for n in held), strict=True))},
+        arguments={"dim": network.class_dim()},  # where the region ends in the logits
+        module=module,
+        held=frozenset(names),
+    )
+    return op, end, (start, *held)
+
+
+def between(network: Network, start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Return the nodes on the paths from one node to another, without the two."""
+    flow = network.flow
+    return nx.descendants(flow, start) & nx.ancestors(flow, end)
+
+
+def links(network: Network, tail: Tail) -> list[tuple[fx.Node, fx.Node]]:
+    """Return the pairs of neighbours among the nodes that all paths lead through, in forward order.
+
+    Ops that return a tuple are passed over: a region between two of these pairs ends in a tensor.
+    """
+    chain = [n for n in tail.chain if n is tail.cut or not returns_several(network, n)]
+    return list(itertools.pairwise(chain))
+
+
+def returns_several(network: Network, node: fx.Node) -> bool:
+    """Tell whether a node's value is a tuple of tensors."""
+    kind = op_type(node, network.traced.root)
+    return kind is not None and kind.several
+
+
+def joint_regions(network: Network, tail: Tail, options: JointOptions) -> list[Region]:
     """Cut a tail into the regions that are inverted jointly, from the output back to the cut.
 
     Args:
@@ -43,8 +85,7 @@ def regions(network: Network, tail: Tail, options: JointOptions) -> list[Joint]:
                 f"{network.traced.paths[places[1]]!r}, where joint inversion starts"
             )
     ends = sorted(set(places), key=order.__getitem__, reverse=True)
-    pairs = zip(ends[1:], ends[:-1], strict=True)
-    return [_region(network, start, end, options) for start, end in pairs]
+    return [region(network, start, end) for start, end in zip(ends[1:], ends[:-1], strict=True)]
 
 
 def top(network: Network, tail: Tail, options: JointOptions) -> fx.Node:
@@ -66,88 +107,4 @@ def _place(network: Network, tail: Tail, name: str | int, what: str) -> fx.Node:
     return node
 
 
-def _region(network: Network, start: fx.Node, end: fx.Node, options: JointOptions) -> Joint:
-    traced = network.traced
-    module, held = region_module(network, start, end)
-    inputs = {"input": start.name} | {f"held[{i}]": node.name for i, node in enumerate(held)}
-    op = Op(
-        type=REGION,
-        name=end.name,
-        path=traced.paths[end],
-        spelling=fx.GraphModule,
-        inputs=inputs,
-        arguments={"dim": network.class_dim()},  # where the region ends in the logits
-        module=module,
-    )
-    return op, JointRule(options, traced.batch, in_precision), end, (start, *held)
-
-
-def region_module(
-    network: Network, start: fx.Node, end: fx.Node
-) -> tuple[fx.GraphModule, tuple[fx.Node, ...]]:
-    """Return a module that computes one node from another, and what else it takes.
-
-    Args:
-        network: The data flow of the forward graph.
-        start: The first argument of the module.
-        end: What it returns; reached from `start`.
-
-    Returns:
-        The module, which reads the parameters of the network's view, and the nodes that are its
-        other arguments: activations that `start` does not reach, held at their forward values.
-    """
-    traced, reached = network.traced, nx.descendants(network.flow, start)
-    nodes, held = _needed(traced, network.live, reached, start, end)
-    graph = fx.Graph()
-    copies = {start: graph.placeholder("feature")}
-    for i, node in enumerate(held):
-        copies[node] = graph.placeholder(f"held_{i}")
-    for node in nodes:
-        copy = copies[node] = graph.node_copy(node, lambda source: copies[source])
-        if node.op in ("call_module", "get_attr"):
-            copy.target = f"model.{node.target}"
-    graph.output(copies[end])
-    root = nn.Module()
-    root.add_module("model", traced.root)
-    module = fx.GraphModule(root, graph, class_name="Region")
-    module.add_module("model", traced.root)  # whole: GraphModule copies only what it needs
-    return module, held
-
-
-def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return the module, or where it holds half types a view of it with these in another type."""
-
-    def low(tensors: nn.Module) -> list[Tensor]:
-        found = (*tensors.parameters(), *tensors.buffers())
-        return [t for t in found if t.is_floating_point() and solve_dtype(t.dtype) != t.dtype]
-
-    if not low(module):
-        return module
-    view = evaluation_view(module, own=low(module))
-    for tensor in low(view):
-        tensor.data = tensor.data.to(dtype)
-    return view
-
-
-def _needed(
-    traced: Traced, live: set[fx.Node], reached: set[fx.Node], start: fx.Node, end: fx.Node
-) -> tuple[Sequence[fx.Node], tuple[fx.Node, ...]]:
-    """Return what the module computes and what it is given.
-
-    Sizes are computed anew, even those of what is given: the module runs on parts of a batch.
-    """
-    found, given, waiting = set(), set(), [end]
-    while waiting:
-        node = waiting.pop()
-        if node is start or node in found or node in given:
-            continue
-        if node in live and node not in reached:
-            given.add(node)
-        else:
-            found.add(node)
-            waiting += node.all_input_nodes
-    nodes = traced.graph.nodes
-    return [n for n in nodes if n in found], tuple(n for n in nodes if n in given)
-
-
-__all__ = ["Joint", "region_module", "regions", "top"]
+__all__ = ["Region", "between", "joint_regions", "links", "region", "returns_several", "top"]

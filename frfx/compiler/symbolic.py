@@ -16,8 +16,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from frfx import ops
 from frfx.compiler.constants import keep_constants, scratch_to_trace
-from frfx.compiler.view import redirect
+from frfx.compiler.transformers import is_open, no_fast_path, traceable
 from frfx.errors import TraceError
+from frfx.view import redirect
 
 
 def trace_symbolically(view: nn.Module) -> fx.Graph:
@@ -25,7 +26,8 @@ def trace_symbolically(view: nn.Module) -> fx.Graph:
     scratch = scratch_to_trace(view)
     kept = [f for f in ops.functions() if not f.__module__.startswith("torch.")]
     redirect(scratch, {id(function): _recording(function) for function in kept})
-    graph = _Tracer().trace(scratch)
+    with no_fast_path():
+        graph = _Tracer().trace(scratch)
     for node in graph.nodes:  # else a module of the graph would wrap the function for all of fx
         node.meta.pop("is_wrapped", None)
     keep_constants(graph, scratch, view)
@@ -67,7 +69,19 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) in ops.module_classes():
             return True
+        if is_open(m):
+            return False
         return not is_parametrized(m) and super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if is_open(m) and type(m) not in ops.module_classes():
+            opened = traceable(m, forward, args, kwargs)
+            if opened is None:
+                return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+            forward = opened
+        return super().call_module(m, forward, args, kwargs)
 
     def create_args_for_root(
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None

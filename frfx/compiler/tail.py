@@ -63,14 +63,6 @@ class Layers(Sequence[LayerInfo]):
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A place of the tail where the walk back would have more than one way."""
-
-    node: fx.Node
-    reason: str
-
-
-@dataclass(frozen=True)
 class Tail:
     """The part of a traced network between a cut and the output.
 
@@ -78,7 +70,6 @@ class Tail:
         cut: The node whose value is reconstructed.
         logits: The last node before softmax, log-softmax or argmax.
         nodes: The nodes after the cut up to the output that hold activations, in forward order.
-        branches: Bypasses, merges and fan-out among them.
         chain: The nodes through which every path from the cut to the output leads (the dominators
             of the output), in forward order, the cut first.
     """
@@ -86,7 +77,6 @@ class Tail:
     cut: fx.Node
     logits: fx.Node
     nodes: tuple[fx.Node, ...]
-    branches: tuple[Branch, ...]
     chain: tuple[fx.Node, ...]
 
 
@@ -245,7 +235,6 @@ class Network:
             cut=cut,
             logits=self.logits(),
             nodes=nodes,
-            branches=tuple(self._branches(cut, within)),
             chain=tuple(self.dominators(cut)),
         )
 
@@ -253,21 +242,3 @@ class Network:
     def heads(self) -> set[fx.Node]:
         """The softmax, log-softmax and argmax nodes behind the logits."""
         return nx.descendants(self.flow, self.logits())
-
-    def _branches(self, cut: fx.Node, within: set[fx.Node]) -> Iterator[Branch]:
-        path = self.traced.paths
-        for node in (cut, *(n for n in self.traced.graph.nodes if n in within)):
-            users = [user for user in self.flow.successors(node) if user in within]
-            if len(users) > 1:
-                names = ", ".join(path[user] for user in users)
-                yield Branch(node, f"its value is read by several ops ({names}): a branch")
-            if node is cut:
-                continue
-            sources = list(self.flow.predecessors(node))
-            outside = [path[s] for s in sources if s not in within and s is not cut]
-            if outside:
-                names = ", ".join(outside)
-                yield Branch(node, f"it also reads {names}, which bypasses the layer: a branch")
-            elif len(sources) > 1:
-                names = ", ".join(path[s] for s in sources)
-                yield Branch(node, f"it merges {names}: a branch")

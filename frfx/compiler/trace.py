@@ -13,8 +13,8 @@ from frfx.compiler.functional import functionalize
 from frfx.compiler.names import qualified_names
 from frfx.compiler.outputs import Key, choose_output, follow
 from frfx.compiler.symbolic import input_name, trace_symbolically
-from frfx.compiler.view import scratch_view
 from frfx.errors import InputError, LayerError, TraceError, first_line
+from frfx.view import scratch_view
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,6 @@
 
 from frfx.joint.options import JointOptions
 from frfx.joint.report import Report
-from frfx.joint.rule import REGION, JointInversion, JointRule
+from frfx.joint.rule import JointInversion, JointRule
 
-__all__ = ["REGION", "JointInversion", "JointOptions", "JointRule", "Report"]
+__all__ = ["JointInversion", "JointOptions", "JointRule", "Report"]

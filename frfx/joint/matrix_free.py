@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from frfx.joint.region import Region
+from frfx.linalg.cgls import cgls
+from frfx.linalg.jacobian import Jacobian
 
 _MET = 1e-3
 """The share of `||y* - g(a^)||` that may be missing where a target counts as reached."""
 
 _ITERATIONS = 100
 """Bound on the iterations of one linear solve; the next linearisation takes up what is left."""
-
-_NOISE = 100.0
-"""How many units of rounding of `||J|| ||r||` the computed `J^T r` may be off."""
 
 
 class OutputConstraint:
@@ -78,87 +75,13 @@ class OutputPoint:
         finite = self.violation.isfinite()[:, None]
         residual = torch.where(finite & ~self.reached[:, None], self._residual, 0)
         residual = residual - self._jacobian.mv(weight[:, None] * offset)
-        return least_squares(
-            self._jacobian.mv, self._jacobian.rmv, torch.where(finite, residual, 0)
+        tolerance = 0.1 * torch.finfo(residual.dtype).eps ** 0.5
+        solution, _ = cgls(
+            self._jacobian.mv,
+            self._jacobian.rmv,
+            torch.where(finite, residual, 0),
+            tolerance=tolerance,
+            miss=tolerance,
+            max_steps=min(_ITERATIONS, 2 * min(offset.shape[1], residual.shape[1]) + 2),
         )
-
-
-class Jacobian:
-    """The Jacobian of an output with respect to a feature, sample by sample, as two products.
-
-    Args:
-        leaf: The feature (L, ...), which `output` was computed from.
-        output: Shape (L, ...).
-    """
-
-    def __init__(self, leaf: Tensor, output: Tensor) -> None:
-        self._leaf, self._output = leaf, output
-        with torch.enable_grad():
-            # J^T u is linear in u: its derivative, transposed, is J, at the price of a backward.
-            self._probe = torch.zeros_like(output, requires_grad=True)
-            (self._pulled,) = torch.autograd.grad(output, leaf, self._probe, create_graph=True)
-
-    def mv(self, tangent: Tensor) -> Tensor:
-        """Apply the Jacobian: (L, n) -> (L, m)."""
-        tangent = tangent.reshape(self._leaf.shape)
-        (product,) = torch.autograd.grad(self._pulled, self._probe, tangent, retain_graph=True)
-        return product.flatten(1)
-
-    def rmv(self, cotangent: Tensor) -> Tensor:
-        """Apply the transpose: (L, m) -> (L, n)."""
-        cotangent = cotangent.reshape(self._output.shape)
-        (product,) = torch.autograd.grad(self._output, self._leaf, cotangent, retain_graph=True)
-        return product.flatten(1)
-
-
-def least_squares(
-    mv: Callable[[Tensor], Tensor], rmv: Callable[[Tensor], Tensor], right: Tensor
-) -> Tensor:
-    """Return the least-norm minimiser of `||J d - right||`, for every sample.
-
-    Conjugate gradients on `J^T J d = J^T right` from 0 (CGLS): for a consistent system the iterates
-    span what those of `J J^T u = right`, `d = J^T u` do, and it converges for the others, too.
-
-    Args:
-        mv: Applies J: (L, n) -> (L, m).
-        rmv: Applies its transpose.
-        right: Shape (L, m).
-
-    Returns:
-        Shape (L, n), in the type of `right`.
-
-    Reference:
-        Hestenes and Stiefel (1952); Bjorck, Numerical Methods for Least Squares Problems, 7.4.1.
-    """
-    tolerance = 0.1 * torch.finfo(right.dtype).eps ** 0.5
-    # What is left of J^T r below this is rounding; a direction made of it leads anywhere.
-    probe = torch.arange(1, right.shape[1] + 1, device=right.device, dtype=right.dtype)
-    probe = torch.cos(1.618 * probe.square()).expand_as(right)
-    noise = (_NOISE * torch.finfo(right.dtype).eps) ** 2
-    scale = _squares(rmv(probe)) / _squares(probe)  # of J^T J: the largest ratio met so far
-    residual, gradient = right, rmv(right)
-    direction, solution = gradient, torch.zeros_like(gradient)
-    size = _squares(gradient)
-    goal = tolerance**2 * size
-    least = tolerance**2 * _squares(right)
-    for _ in range(min(_ITERATIONS, 2 * min(right.shape[1], gradient.shape[1]) + 2)):
-        left = _squares(residual)
-        active = (size > goal) & (left > least) & (size > noise * scale * left)
-        if not bool(active.any()):  # synchronises
-            break
-        image = mv(direction)
-        curvature = _squares(image)
-        scale = scale.maximum(torch.where(active, curvature / _squares(direction), 0))
-        active &= curvature > 0
-        length = torch.where(active, size / torch.where(active, curvature, 1), 0)[:, None]
-        solution = solution + length * direction
-        residual = residual - length * image
-        gradient = rmv(residual)
-        before, size = size, torch.where(active, _squares(gradient), size)
-        ratio = torch.where(active, size / torch.where(active, before, 1), 0)[:, None]
-        direction = torch.where(active[:, None], gradient + ratio * direction, direction)
-    return solution
-
-
-def _squares(vectors: Tensor) -> Tensor:
-    return vectors.square().sum(1)
+        return solution

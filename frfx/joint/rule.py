@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from frfx.errors import InputError, TargetError, UnreachedError, UnreachedWarning
 from frfx.joint.margin import MarginConstraint
@@ -17,16 +16,14 @@ from frfx.joint.options import JointOptions
 from frfx.joint.region import Region
 from frfx.joint.report import Report
 from frfx.linalg.pseudo_inverse import solve_dtype
-from frfx.ops import Op, define
+from frfx.ops import Op
 from frfx.rules.base import Inversion, Rule
 from frfx.rules.label import nearest_embedding
+from frfx.rules.region import ordinary
+from frfx.view import in_precision
 
 _SLACK = 1e-2
 """The share of the margin that may be missing where a label counts as reached."""
-
-
-REGION = define("region", "input, *_", [])
-"""A part of the network that is inverted as one op; no program spells it."""
 
 
 class JointInversion(Inversion):
@@ -38,24 +35,21 @@ class JointInversion(Inversion):
         op: The region; its module takes the feature and what is held, returns the output.
         options: As `frfx.policy.joint` takes them.
         batch: The only batch size that the region takes; None for all.
-        raised: Takes the region's module and a type, returns one that computes in this type.
 
     Attributes:
         report: What became of every sample of the last call; None before the first.
     """
 
-    def __init__(
-        self, op: Op, options: JointOptions, batch: int | None, raised: Callable[..., nn.Module]
-    ) -> None:
+    def __init__(self, op: Op, options: JointOptions, batch: int | None) -> None:
         super().__init__()
-        self.op, self.options, self.batch, self.raised = op, options, batch, raised
+        self.op, self.options, self.batch = op, options, batch
         self.report: Report | None = None
         self.solver = f"SQP, {options.steps} steps at most"
 
     @torch.compiler.disable
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            target, output, feature, *held = map(_ordinary, (target, output, *inputs))
+            target, output, feature, *held = map(ordinary, (target, output, *inputs))
             _check_batch(self.op, output, [feature, *held])
             with torch.autocast(feature.device.type, enabled=False):
                 return self._solve(target, output, feature, held)
@@ -63,7 +57,7 @@ class JointInversion(Inversion):
     def _solve(self, target: Tensor, output: Tensor, feature: Tensor, held: list[Tensor]) -> Tensor:
         options, dtype = self.options, solve_dtype(feature.dtype)
         assert self.op.module is not None
-        module = self.raised(self.op.module, dtype)
+        module = in_precision(self.op.module, dtype)
         region = Region(module, tuple(_raised(value, dtype) for value in held), self.batch)
         rounded = output.dtype != dtype  # then whether it reaches the target is not to be seen
         feature, output = feature.to(dtype), output.to(dtype)
@@ -114,16 +108,14 @@ class JointRule(Rule):
     Attributes:
         options: As `frfx.policy.joint` takes them.
         batch: The only batch size that the region takes; None for all.
-        raised: Takes the region's module and a type, returns one that computes in this type.
     """
 
     equation = "the minimal deviation principle (Sec. 3.2) for a whole region at once"
     options: JointOptions = field(default_factory=JointOptions)
     batch: int | None = None
-    raised: Callable[..., nn.Module] = field(default=lambda module, dtype: module)
 
     def build(self, op: Op) -> Inversion:
-        return JointInversion(op, self.options, self.batch, self.raised)
+        return JointInversion(op, self.options, self.batch)
 
     def __str__(self) -> str:
         return f"JointRule({self.options.constraint}, margin={self.options.margin:g})"
@@ -138,11 +130,6 @@ def _check_batch(op: Op, output: Tensor, given: list[Tensor]) -> None:
                 f"but {name!r} has shape {tuple(value.shape)} for an output of shape "
                 f"{tuple(output.shape)}: cut elsewhere"
             )
-
-
-def _ordinary(value: Tensor) -> Tensor:
-    """Return a tensor that autograd may save: those of inference mode it may not."""
-    return value.clone() if value.is_inference() else value
 
 
 def _raised(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -141,6 +141,54 @@ def pseudo_inverse(
     return (adjoint @ inverse if side == "rows" else inverse @ adjoint), spectrum
 
 
+def pseudo_inverses(matrices: Tensor, rcond: float | None = None, damping: float = 0.0) -> Tensor:
+    """Return the pseudo-inverse of every matrix of a batch, each with a scale of its own.
+
+    For matrices that come with the samples: what a sample gets depends on no other, nothing waits
+    for the device, and a matrix that is not finite has an inverse of NaN. Computed in double, of
+    single precision and less through the Gram matrix of the short side. They count as constants:
+    no gradient flows through them.
+
+    Args:
+        matrices: Shape (..., m, n), floating point.
+        rcond: Singular values up to this share of their matrix's largest count as zero; None for
+            the machine epsilon times the larger dimension.
+        damping: Tikhonov's parameter relative to the squared largest singular value.
+
+    Returns:
+        Shape (..., n, m), of the type of the matrices, but single at least.
+    """
+    rows, columns = matrices.shape[-2:]
+    if rcond is None:
+        rcond = default_rcond(matrices.dtype, max(rows, columns))
+    rcond = effective_rcond(rcond, damping)
+    with torch.no_grad():
+        double = matrices.double()
+        finite = torch.isfinite(double).all(-1, keepdim=True).all(-2, keepdim=True)
+        double = torch.where(finite, double, 0)  # LAPACK refuses NaN
+        if matrices.dtype == torch.float64:
+            left, singular, adjoint = torch.linalg.svd(double, full_matrices=False)
+            weights = _weights_of_each(singular, rcond, damping) * singular
+            inverse = adjoint.mT @ (weights[..., None] * left.mT)
+        else:
+            wide = rows <= columns
+            squared, vectors = torch.linalg.eigh(double @ double.mT if wide else double.mT @ double)
+            if damping < _GRAM_FLOOR**2:
+                rcond = max(rcond, _GRAM_FLOOR)
+            weights = _weights_of_each(squared.clamp(min=0).sqrt(), rcond, damping)
+            gram = (vectors * weights[..., None, :]) @ vectors.mT
+            inverse = double.mT @ gram if wide else gram @ double.mT
+        return torch.where(finite, inverse, math.nan).to(solve_dtype(matrices.dtype))
+
+
+def _weights_of_each(singular: Tensor, rcond: float, damping: float) -> Tensor:
+    """Return `1 / (s_i^2 + damping s^2)` with the s of each matrix, zero where s_i is cut off."""
+    largest = singular.amax(-1, keepdim=True)
+    kept = (singular > rcond * largest) & (singular > 0)
+    shifted = singular.square() + damping * largest.square()
+    return torch.where(kept, 1 / torch.where(kept, shifted, 1), 0)
+
+
 def largest_singular_value(matrix: Tensor) -> float:
     """Return the largest singular value of a batch of matrices; of large ones a close estimate."""
     rows, columns = matrix.shape[-2:]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from frfx.compiler.outputs import follow, locate
 from frfx.compiler.prepare import Weights
-from frfx.compiler.view import evaluation_view
 from frfx.errors import FrfxError, TargetError
 from frfx.policy import Policy
 from frfx.posttrain.step import PostTraining
+from frfx.view import evaluation_view
 
 Batch = tuple[Tensor, Tensor]
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from frfx.compiler.emit import forward_module
+from frfx.compiler.forward import forward_module
 from frfx.compiler.prepare import run_forward
 from frfx.compiler.tail import Network
 from frfx.compiler.trace import Traced, is_output, trace
-from frfx.compiler.view import check_model, evaluation_view
 from frfx.errors import LayerError, TargetError, TraceMismatchError
 from frfx.policy import Policy
 from frfx.posttrain.loss import Losses, Scale, combine
 from frfx.posttrain.targets import Targets
+from frfx.view import check_model, evaluation_view
 
 
 class PostTraining(nn.Module):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from frfx.api import invert
-from frfx.compiler.emit import forward_module
-from frfx.compiler.view import evaluation_view
+from frfx.compiler.forward import forward_module
 from frfx.policy import Policy
+from frfx.view import evaluation_view
 
 
 class Targets:

@@ -7,10 +7,12 @@ from frfx.rules.activation import (
     SinPaperRule,
     register_elementwise,
 )
-from frfx.rules.affine import ScaleRule
+from frfx.rules.attention import AttentionRule, MultiheadAttentionRule
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
+from frfx.rules.bilinear import BilinearRule
 from frfx.rules.conv import ConvolutionRule
 from frfx.rules.interpolate import InterpolateRule
+from frfx.rules.join import CatRule, SplitRule, StackRule
 from frfx.rules.label import (
     MaximumAssignmentRule,
     NearestEmbeddingRule,
@@ -26,18 +28,38 @@ from frfx.rules.mover import PatchMergingRule
 from frfx.rules.norm import BatchNormRule, NormalizationRule
 from frfx.rules.pad import PadRule
 from frfx.rules.pool import AdaptiveAvgPoolRule, AvgPoolRule, MeanRule
-from frfx.rules.shape import IdentityRule, PermuteRule, ReshapeRule, TransposeRule
+from frfx.rules.product import ProductRule, QuotientRule
+from frfx.rules.region import RegionRule
+from frfx.rules.repeat import RepeatRule
+from frfx.rules.select import SelectRule
+from frfx.rules.shape import (
+    CastRule,
+    FlipRule,
+    IdentityRule,
+    MovedimRule,
+    PermuteRule,
+    ReshapeRule,
+    RollRule,
+    Rot90Rule,
+    TransposeRule,
+)
 from frfx.rules.shuffle import ChannelShuffleRule, PixelShuffleRule, PixelUnshuffleRule
+from frfx.rules.sum import SumRule
 
 __all__ = [
     "AdaptiveAvgPoolRule",
     "AffineInversion",
+    "AttentionRule",
     "AvgPoolRule",
     "BatchNormRule",
+    "BilinearRule",
+    "CastRule",
+    "CatRule",
     "ChannelShuffleRule",
     "ConvolutionRule",
     "ElementwiseRule",
     "FactoredInversion",
+    "FlipRule",
     "IdentityRule",
     "InterpolateRule",
     "Inversion",
@@ -46,6 +68,8 @@ __all__ = [
     "MaxPoolMinimalRule",
     "MaximumAssignmentRule",
     "MeanRule",
+    "MovedimRule",
+    "MultiheadAttentionRule",
     "NearestEmbeddingRule",
     "NormalizationRule",
     "OneHotRule",
@@ -55,12 +79,21 @@ __all__ = [
     "PermuteRule",
     "PixelShuffleRule",
     "PixelUnshuffleRule",
+    "ProductRule",
+    "QuotientRule",
+    "RegionRule",
     "ReluIdentityRule",
+    "RepeatRule",
     "ReshapeRule",
+    "RollRule",
+    "Rot90Rule",
     "Rule",
-    "ScaleRule",
+    "SelectRule",
     "SinPaperRule",
     "SoftmaxRule",
+    "SplitRule",
+    "StackRule",
+    "SumRule",
     "TransposeRule",
     "maximum_assignment",
     "nearest_embedding",

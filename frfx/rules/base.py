@@ -15,7 +15,7 @@ from frfx.errors import ConvergenceError, ConvergenceWarning, PolicyError
 from frfx.linalg import Dense, Factor, Solver
 from frfx.linalg.auto import SOLVERS, Choice, Operator, SolverName
 from frfx.linalg.backend import Backend, torch_backend
-from frfx.linalg.iterative import MAX_STEPS, TOLERANCE
+from frfx.linalg.iterative import MAX_STEPS, TOLERANCE, Convergence
 from frfx.linalg.spectral import FACTOR_MEMORY
 from frfx.ops import Op, Shape
 
@@ -31,6 +31,13 @@ class Inversion(nn.Module, abc.ABC):
 
     solver = "closed form"
 
+    def check_convergence(self) -> None:
+        """Warn or raise, as asked, if the last solve has left samples unsolved.
+
+        Raises:
+            ConvergenceError: If it has, and the rule is to raise.
+        """
+
     @abc.abstractmethod
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         """Return the inputs that the op should have had.
@@ -45,6 +52,21 @@ class Inversion(nn.Module, abc.ABC):
             `x*` for the input that the rule reconstructs, of its shape; a tuple in the order of
             `rule.reconstructs(op)` if there are several.
         """
+
+    def share(self, *inputs: Tensor) -> Tensor | None:
+        """Return which entries of the input the answer speaks for; None for all of them.
+
+        Where several ops read one value, an entry that a selection leaves out follows the others'
+        answers alone.
+
+        Args:
+            *inputs: As `forward` takes them.
+
+        Returns:
+            How often the op reads each entry, of a shape that broadcasts to the input's.
+        """
+        del inputs
+        return None
 
 
 class Prepared(Protocol):
@@ -144,23 +166,32 @@ class AffineInversion(FactoredInversion):
             ConvergenceError: If it has, and `unconverged` is ``"raise"``.
         """
         for factor in self.factors.values():
-            convergence = factor.take_convergence() if isinstance(factor, Choice) else None
-            if convergence is None or self.unconverged == "ignore":
-                continue
-            failed = int((~convergence.converged).sum())
-            if not failed:
-                continue
-            message = (
-                f"{self.op.path} ({self.op.show_shapes()}): the iterative solver has left {failed} "
-                f"of {len(convergence.converged)} samples above its tolerance, the worst at a "
-                f"relative residual of {float(convergence.residual.max()):.2g} after "
-                f"{int(convergence.steps.max())} steps. Their best step is used; "
-                f"policy.override(node={self.op.path!r}, damping=..., max_steps=..., "
-                'tolerance=...) helps, and unconverged="ignore" is silent'
-            )
-            if self.unconverged == "raise":
-                raise ConvergenceError(message)
-            warnings.warn(message, ConvergenceWarning, stacklevel=2)
+            if isinstance(factor, Choice):
+                report_convergence(factor.take_convergence(), self.op, self.unconverged)
+
+
+def report_convergence(convergence: Convergence | None, op: Op, unconverged: Unconverged) -> None:
+    """Warn or raise, as asked, about the samples that an iterative solver has not solved.
+
+    Raises:
+        ConvergenceError: If there are some, and `unconverged` is ``"raise"``.
+    """
+    if convergence is None or unconverged == "ignore":
+        return
+    failed = int((~convergence.converged).sum())
+    if not failed:
+        return
+    message = (
+        f"{op.path} ({op.show_shapes()}): the iterative solver has left {failed} "
+        f"of {len(convergence.converged)} samples above its tolerance, the worst at a "
+        f"relative residual of {float(convergence.residual.max()):.2g} after "
+        f"{int(convergence.steps.max())} steps. Their best step is used; "
+        f"policy.override(node={op.path!r}, damping=..., max_steps=..., "
+        'tolerance=...) helps, and unconverged="ignore" is silent'
+    )
+    if unconverged == "raise":
+        raise ConvergenceError(message)
+    warnings.warn(message, ConvergenceWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -247,17 +278,13 @@ class SolverRule(AffineRule):
     unconverged: Unconverged = "warn"
 
     def __post_init__(self) -> None:
-        _check_choice("solver", self.solver, SOLVERS)
-        _check_choice("unconverged", self.unconverged, ("warn", "raise", "ignore"))
+        check_choice("solver", self.solver, SOLVERS)
         if self.solver == "iterative" and self.rcond is not None:
             raise PolicyError(
                 f"solver='iterative' cannot cut singular values off, as rcond={self.rcond!r} asks: "
                 "give it damping=..., or rcond=None"
             )
-        if not 0 < self.tolerance < 1:
-            raise PolicyError(f"tolerance={self.tolerance!r} does not lie between 0 and 1")
-        if self.max_steps < 1:
-            raise PolicyError(f"max_steps={self.max_steps!r} is less than one step")
+        check_iteration(self.tolerance, self.max_steps, self.unconverged)
 
     def affine(
         self,
@@ -272,7 +299,17 @@ class SolverRule(AffineRule):
         return AffineInversion(op, operator, solver, key, self.unconverged)
 
 
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+def check_iteration(tolerance: float, max_steps: int, unconverged: Unconverged) -> None:
+    """Raise `PolicyError` for options that no iterative solver can keep to."""
+    check_choice("unconverged", unconverged, ("warn", "raise", "ignore"))
+    if not 0 < tolerance < 1:
+        raise PolicyError(f"tolerance={tolerance!r} does not lie between 0 and 1")
+    if max_steps < 1:
+        raise PolicyError(f"max_steps={max_steps!r} is less than one step")
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `PolicyError` for a value that is none of the choices."""
     if value not in choices:
         shown = ", ".join(map(repr, choices))
         raise PolicyError(f"{option}={value!r} is none of {shown}")

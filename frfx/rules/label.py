@@ -234,6 +234,31 @@ class OneHotRule(_LabelRule):
         return Embedding(_one_hot, op.arguments["dim"])
 
 
+def nearest_distribution(values: Tensor, dim: int) -> Tensor:
+    """Return the probability distributions nearest in L2, along a dimension.
+
+    What is a distribution already, but for rounding, comes back as it is.
+
+    Args:
+        values: Floating point.
+        dim: The dimension of the classes.
+
+    Returns:
+        Of the same shape and dtype.
+
+    Reference:
+        Held, Wolfe and Crowder (1974), Validation of subgradient optimization.
+    """
+    ordered = values.movedim(dim, -1).sort(-1, descending=True).values
+    count = torch.arange(1, ordered.shape[-1] + 1, device=values.device, dtype=values.dtype)
+    # What the largest k have too much, each: the k that gives the most is their number.
+    excess = ((ordered.cumsum(-1) - 1) / count).amax(-1, keepdim=True).movedim(-1, dim)
+    rounding = torch.finfo(values.dtype).eps ** 0.5
+    total = values.sum(dim, keepdim=True)
+    sound = ((total - 1).abs() <= rounding) & (values.amin(dim, keepdim=True) >= 0)
+    return torch.where(sound, values, (values - excess).clamp(min=0))
+
+
 class SoftmaxInversion(Inversion):
     """Lets labels pass, for softmax keeps their order; inverts a float target.
 
@@ -256,10 +281,14 @@ class SoftmaxInversion(Inversion):
             shift = target - output
         else:
             floor = self.margin / x.shape[self.dim]
-            wanted, had = target.clamp(min=floor), output.to(target.dtype).clamp(min=floor)
+            wanted = nearest_distribution(target, self.dim).clamp(min=floor)
+            had = output.to(target.dtype).clamp(min=floor)
             logs = torch.log_softmax(x.to(target.dtype), self.dim)
             shift = torch.where(wanted == had, 0, wanted.log() - logs)
-        return x + shift - shift.mean(self.dim, keepdim=True)
+        moves = torch.isfinite(x)  # what is masked by -inf does not, whatever is wanted of it
+        shift = torch.where(moves, shift, 0)
+        count = moves.sum(self.dim, keepdim=True).clamp(min=1)
+        return x + torch.where(moves, shift - shift.sum(self.dim, keepdim=True) / count, 0)
 
 
 @register_rule(vocabulary.softmax)
@@ -267,6 +296,9 @@ class SoftmaxInversion(Inversion):
 @dataclass(frozen=True)
 class SoftmaxRule(Rule):
     """The nearest of the preimages `log p* + c`: `z^ + e - mean(e)` with `e = log p* - log p^`.
+
+    A target of softmax that is no distribution is brought to the nearest one first. Logits of -inf,
+    as masks make them, stay.
 
     Attributes:
         clamp_margin: Target probabilities below `clamp_margin / K` are raised to it, unless the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,34 @@ class IdentityRule(Rule):
         return PassThrough()
 
 
+class Cast(Inversion):
+    """`x* = y*`, but `x^` where that is what the op has rounded."""
+
+    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
+        (x, *_), moved = inputs, target != output
+        return torch.where(moved.to(x.device), target.to(x.device), x)
+
+
+@register_rule(vocabulary.cast)
+@dataclass(frozen=True)
+class CastRule(Rule):
+    """Another floating-point type or device: the target, or what was rounded to it."""
+
+    equation = "exact"
+
+    def supports(self, op: Op) -> str | None:
+        values = [v for given in op.arguments.values() for v in _flat(given)]
+        if any(isinstance(v, torch.dtype) and not v.is_floating_point for v in values):
+            return "it rounds to another kind of number, so nothing can be told from its result"
+        return _input_is_free(op)
+
+    def reconstructs(self, op: Op) -> tuple[str, ...]:
+        return ("input",)
+
+    def build(self, op: Op) -> Inversion:
+        return Cast()
+
+
 class Reshape(Inversion):
     """`y*` in the shape of the input."""
 
@@ -60,10 +90,23 @@ class ReshapeRule(Rule):
     def supports(self, op: Op) -> str | None:
         if any(isinstance(value, torch.dtype) for value in op.arguments.get("shape", ())):
             return "it reinterprets the bits as another dtype"
-        return one_input(op)
+        return _input_is_free(op)
+
+    def reconstructs(self, op: Op) -> tuple[str, ...]:
+        return ("input",)
 
     def build(self, op: Op) -> Inversion:
         return Reshape()
+
+
+def _input_is_free(op: Op) -> str | None:
+    """Return why an op that takes no more of other tensors than their shape or type has no input.
+
+    As in `x.view_as(other)`.
+    """
+    if "input" in op.free:
+        return None
+    return "its input is not reached from the layer, only the shape or type that it takes"
 
 
 class Permute(Inversion):
@@ -124,3 +167,78 @@ class TransposeRule(Rule):
 
     def build(self, op: Op) -> Inversion:
         return Transpose(op.arguments["dim0"], op.arguments["dim1"])
+
+
+class Undo(Inversion):
+    """The op that undoes a move of entries.
+
+    Args:
+        undo: Takes what the move gave, returns what it was made from.
+    """
+
+    def __init__(self, undo: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.undo = undo
+
+    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
+        return self.undo(target)
+
+
+@register_rule(vocabulary.movedim)
+@dataclass(frozen=True)
+class MovedimRule(Rule):
+    """Moves of dimensions."""
+
+    equation = "exact"
+
+    def supports(self, op: Op) -> str | None:
+        return one_input(op, "source", "destination")
+
+    def build(self, op: Op) -> Inversion:
+        source, destination = op.arguments["destination"], op.arguments["source"]
+        return Undo(functools.partial(torch.movedim, source=source, destination=destination))
+
+
+@register_rule(vocabulary.roll)
+@dataclass(frozen=True)
+class RollRule(Rule):
+    """Cyclic shifts, such as those of Swin's windows."""
+
+    equation = "exact"
+
+    def supports(self, op: Op) -> str | None:
+        return one_input(op, "shifts", "dims")
+
+    def build(self, op: Op) -> Inversion:
+        shifts = [-shift for shift in _flat(op.arguments["shifts"])]
+        dims = _flat(op.arguments["dims"])
+        return Undo(functools.partial(torch.roll, shifts=shifts, dims=dims))
+
+
+@register_rule(vocabulary.flip)
+@dataclass(frozen=True)
+class FlipRule(Rule):
+    """Reflection of dimensions."""
+
+    equation = "exact"
+
+    def supports(self, op: Op) -> str | None:
+        return one_input(op, "dims")
+
+    def build(self, op: Op) -> Inversion:
+        return Undo(functools.partial(torch.flip, dims=_flat(op.arguments["dims"])))
+
+
+@register_rule(vocabulary.rot90)
+@dataclass(frozen=True)
+class Rot90Rule(Rule):
+    """Quarter turns."""
+
+    equation = "exact"
+
+    def supports(self, op: Op) -> str | None:
+        return one_input(op, "k", "dims")
+
+    def build(self, op: Op) -> Inversion:
+        k, dims = op.arguments["k"], tuple(op.arguments["dims"])
+        return Undo(functools.partial(torch.rot90, k=-k, dims=dims))

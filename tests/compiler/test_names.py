@@ -11,7 +11,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import frfx
 from frfx.compiler.trace import trace
-from frfx.compiler.view import evaluation_view
+from frfx.view import evaluation_view
 
 
 def names_of(model: nn.Module, example_input=None) -> list[str]:

@@ -12,7 +12,7 @@ import frfx
 from frfx import networks
 from frfx.compiler.tail import Network, Tail
 from frfx.compiler.trace import trace
-from frfx.compiler.view import evaluation_view
+from frfx.view import evaluation_view
 
 
 def network_of(model: nn.Module) -> Network:

@@ -42,6 +42,28 @@ MOVES = {
     "x.swapaxes": lambda x: x.swapaxes(1, 2),
     "torch.swapaxes": lambda x: torch.swapaxes(x, 1, 2),
     "torch.swapaxes keywords": lambda x: torch.swapaxes(x, axis0=1, axis1=2),
+    "torch.swapdims": lambda x: torch.swapdims(x, 1, 3),
+    "x.ravel": lambda x: x.ravel().view(2, -1),
+    "x.view_as": lambda x: x.view_as(x),
+    "x.reshape_as": lambda x: x.reshape_as(torch.zeros(2, 3, 20)),
+    "x.movedim": lambda x: x.movedim(1, -1),
+    "torch.movedim": lambda x: torch.movedim(x, (1, 2), (-1, 1)),
+    "torch.moveaxis": lambda x: torch.moveaxis(x, 3, 1),
+    "x.roll": lambda x: x.roll(2, 1),
+    "x.roll of all": lambda x: x.roll(3),
+    "torch.roll": lambda x: torch.roll(x, shifts=(-1, 2), dims=(2, 3)),
+    "x.flip": lambda x: x.flip(1, 3),
+    "x.flip of a list": lambda x: x.flip([2]),
+    "torch.flip": lambda x: torch.flip(x, dims=(-1, 1)),
+    "x.rot90": lambda x: x.rot90(1, (2, 3)),
+    "torch.rot90": lambda x: torch.rot90(x, k=3, dims=[1, -1]),
+    "aten.roll": lambda x: torch.ops.aten.roll.default(x, [1, 1], [2, 3]),
+    "aten.flip": lambda x: torch.ops.aten.flip.default(x, [1]),
+    "x.to": lambda x: x.to(torch.float64),
+    "x.to of a tensor": lambda x: x.to(torch.zeros(1, dtype=torch.float64)),
+    "x.type_as": lambda x: x.type_as(torch.zeros(1, dtype=torch.float64)),
+    "x.double": lambda x: x.double(),
+    "aten._to_copy": lambda x: torch.ops.aten._to_copy.default(x, dtype=torch.float64),
     "nn.Identity": nn.Identity(),
     "x.contiguous": lambda x: x.contiguous(),
     "x.clone": lambda x: x.clone(),
@@ -68,6 +90,15 @@ def test_moves_back(move):
     assert found.shape == x.shape
     assert torch.equal(move(found), target)
     assert relative(found, minimal_affine_preimage(move, x, target)) < 1e-13
+
+
+def test_a_cast_that_rounds():
+    def rounded(x):
+        return x.half().float()
+
+    x, target = normal(0, 2, 3).float(), normal(1, 2, 3).float()
+    assert torch.equal(reconstruct(rounded, x, rounded(x)), x)
+    assert torch.equal(reconstruct(rounded, x, target), target)
 
 
 def test_detach():

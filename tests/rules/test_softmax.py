@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from bound_ops import bound, solve
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import normal, reconstruct
+from quadprog import solve_qp
 from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
+from frfx import vocabulary
+from frfx.rules import SoftmaxRule
 
 SOFTMAX = {
     "nn.Softmax": nn.Softmax(1),
@@ -120,3 +124,42 @@ def test_lower_precisions(dtype):
     assert found.dtype == dtype
     difference = found.double().softmax(1) - target.to(dtype).double()
     assert difference.abs().max() < 10 * torch.finfo(dtype).eps
+
+
+@given(row=st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=6))
+def test_a_target_that_is_no_distribution_is_met_as_nearly_as_can_be(row):
+    target = torch.tensor([row], dtype=torch.float64)
+    x = normal(0, 1, len(row))
+    found = reconstruct(nn.Softmax(1), x, target, frfx.policy.minimal(clamp_margin=1e-9))
+    count = len(row)
+    nearest = solve_qp(  # the projection on the simplex
+        np.eye(count),
+        target[0].numpy(),
+        np.vstack([np.ones(count), np.eye(count)]).T,
+        np.array([1.0] + [0.0] * count),
+        meq=1,
+    )[0]
+    np.testing.assert_allclose(found.softmax(1)[0].numpy(), nearest, atol=1e-8)
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
+@pytest.mark.parametrize("size", [1e30, -1e30, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_however_far_the_target(dtype, size, log):
+    x, target = normal(0, 4, 5).to(dtype), normal(1, 4, 5).to(dtype) * size
+    softmax = nn.LogSoftmax(1) if log else nn.Softmax(1)
+    assert reconstruct(softmax, x, target).isfinite().all()
+
+
+def test_masked_logits_stay_and_the_others_are_as_if_alone():
+    x, target = normal(0, 2, 5), torch.zeros(2, 5, dtype=torch.float64)
+    target[:, [0, 2, 4]] = normal(1, 2, 3).softmax(1)
+    masked = x.clone()
+    masked[:, [1, 3]] = -torch.inf
+    op = bound(lambda x: F.softmax(x, 1), vocabulary.softmax, 1)
+    found = solve(SoftmaxRule(), op, target, masked.softmax(1), masked)
+    alone = [t[:, [0, 2, 4]] for t in (target, masked.softmax(1), masked)]
+    assert (found[:, [1, 3]] == -torch.inf).all()
+    # The least probability that is kept is a share of 1 / K.
+    rule = SoftmaxRule(clamp_margin=1e-3 * 3 / 5)
+    torch.testing.assert_close(found[:, [0, 2, 4]], solve(rule, op, *alone))

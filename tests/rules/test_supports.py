@@ -69,10 +69,6 @@ COMPILED = {
         lambda x: torch.adaptive_max_pool1d(x, 2)[0],
         "it returns the indices beside the values",
     ),
-    "max_pool of two activations": (
-        lambda x: F.max_pool2d(x, 2, padding=x),
-        "it is applied to x, x, not to one activation",
-    ),
     # Averages
     "mean of all": (lambda x: x.mean(), f"it averages over the batch, so {BATCH}"),
     "mean of the batch": (lambda x: x.mean((0, 1)), f"it averages over the batch, so {BATCH}"),
@@ -104,11 +100,8 @@ COMPILED = {
     ),
     "active dropout2d": (lambda x: F.dropout2d(x), "it drops at random in evaluation mode, too"),
     # Arithmetic
-    "x + x": (lambda x: x + x, "it combines x and x: a branch"),
-    "x + tanh x": (lambda x: x + torch.tanh(x), "it merges x, tanh: a branch"),
-    "read twice": (lambda x: x + torch.tanh(x), "read by several ops (tanh, add): a branch"),
     "computed operand": (
-        lambda x, w: x + w.exp(),
+        lambda x, w: x * w.exp(),
         "its other operand is computed in the graph, not read from the model",
         {"w": torch.ones(3)},
     ),
@@ -230,10 +223,10 @@ CALLED = {
         "its input has no batch dimension: 3 -> 3",
     ),
     "broadcast": (
-        lambda x, w: x + w,
+        lambda x, w: x * w,
         (2, 3, 1),
-        "it broadcasts the activation to a larger shape",
-        {"w": torch.ones(3, 4)},
+        "it broadcasts an activation to more dimensions, so its samples are not the result's",
+        {"w": torch.ones(5, 2, 3, 4)},
     ),
     "mean of the batch, counted from the end": (
         lambda x: x.mean(-2, keepdim=True),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from frfx.errors import ModelError
+from frfx.linalg.pseudo_inverse import solve_dtype
 
 _INPLACE = "_frfx_inplace"
 """Marks modules of a view that write in place in the model."""
@@ -149,6 +150,21 @@ def unlink(view: nn.Module) -> None:
             if isinstance(value, Tensor):
                 module.__dict__[name] = _copy(value, made)
     redirect(view, made)
+
+
+def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return the module, or where it holds half types a view of it with these in another type."""
+
+    def low(tensors: nn.Module) -> list[Tensor]:
+        found = (*tensors.parameters(), *tensors.buffers())
+        return [t for t in found if t.is_floating_point() and solve_dtype(t.dtype) != t.dtype]
+
+    if not low(module):
+        return module
+    view = evaluation_view(module, own=low(module))
+    for tensor in low(view):
+        tensor.data = tensor.data.to(dtype)
+    return view
 
 
 def check_model(model: nn.Module) -> None:

@@ -1,0 +1,111 @@
+"""Parts of the forward pass as graphs and modules of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import networkx as nx
+from torch import fx, nn
+
+from frfx.compiler.tail import Network
+from frfx.compiler.trace import Traced
+
+
+def copy_nodes(
+    traced: Traced, graph: fx.Graph, known: dict[fx.Node, fx.Node], nodes: Iterable[fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """Copy nodes of the forward pass into a graph, whose attributes are then below `model`.
+
+    Args:
+        traced: The network.
+        graph: Where they are copied to.
+        known: The copies that are there.
+        nodes: What is copied, in forward order; what they read is among them, or known.
+
+    Returns:
+        All copies by their nodes, the known ones among them.
+    """
+    copies = dict(known)
+    for node in nodes:
+        if node.op == "output" or node in copies:
+            continue
+        copy = copies[node] = graph.node_copy(node, lambda source: copies[source])
+        if node.op in ("call_module", "get_attr"):
+            copy.target = f"model.{node.target}"
+    return copies
+
+
+def forget_unused(graph: fx.Graph) -> None:
+    """Erase nodes that nothing reads, such as a softmax in front of an argmax."""
+    for node in reversed(graph.nodes):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+
+
+def forward_module(traced: Traced, outputs: tuple[fx.Node, ...]) -> fx.GraphModule:
+    """Return a module that computes some values of the forward pass.
+
+    Args:
+        traced: The network.
+        outputs: The nodes whose values are returned, as a tuple.
+    """
+    graph = fx.Graph()
+    copies = copy_nodes(traced, graph, {traced.input: graph.placeholder("x")}, traced.graph.nodes)
+    graph.output(tuple(copies[node] for node in outputs))
+    forget_unused(graph)
+    return _module(traced, graph, "Forward")
+
+
+def region_module(
+    network: Network, start: fx.Node, end: fx.Node
+) -> tuple[fx.GraphModule, tuple[fx.Node, ...]]:
+    """Return a module that computes one node from another, and what else it takes.
+
+    Args:
+        network: The data flow of the forward graph.
+        start: The first argument of the module.
+        end: What it returns; reached from `start`.
+
+    Returns:
+        The module, which reads the parameters of the network's view, and the nodes that are its
+        other arguments: activations that `start` does not reach, held at their forward values.
+    """
+    nodes, held = _needed(network, start, end)
+    graph = fx.Graph()
+    known = {start: graph.placeholder("feature")}
+    known |= {node: graph.placeholder(f"held_{i}") for i, node in enumerate(held)}
+    graph.output(copy_nodes(network.traced, graph, known, nodes)[end])
+    return _module(network.traced, graph, "Region"), held
+
+
+def _needed(
+    network: Network, start: fx.Node, end: fx.Node
+) -> tuple[Sequence[fx.Node], tuple[fx.Node, ...]]:
+    """Return what the module computes and what it is given.
+
+    Sizes are computed anew, even those of what is given: the module runs on parts of a batch.
+    """
+    reached = nx.descendants(network.flow, start)
+    found, given, waiting = set(), set(), [end]
+    while waiting:
+        node = waiting.pop()
+        if node is start or node in found or node in given:
+            continue
+        if node in network.live and node not in reached:
+            given.add(node)
+        else:
+            found.add(node)
+            waiting += node.all_input_nodes
+    nodes = network.traced.graph.nodes
+    return [n for n in nodes if n in found], tuple(n for n in nodes if n in given)
+
+
+def _module(traced: Traced, graph: fx.Graph, name: str) -> fx.GraphModule:
+    root = nn.Module()
+    root.add_module("model", traced.root)
+    module = fx.GraphModule(root, graph, class_name=name)
+    module.add_module("model", traced.root)  # whole: GraphModule copies only what it needs
+    return module
+
+
+__all__ = ["copy_nodes", "forget_unused", "forward_module", "region_module"]

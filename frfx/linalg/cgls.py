@@ -1,0 +1,122 @@
+"""Least squares without a matrix: conjugate gradients on two products, for every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from frfx.linalg.iterative import Convergence
+
+_NOISE = 100.0
+"""How many units of rounding of `||J|| ||r||` the computed `J^T r` may be off."""
+
+_POWER_STEPS = 6
+"""Steps of the power method: on random matrices it then lies within a tenth of the answer."""
+
+Product = Callable[[Tensor], Tensor]
+
+
+def cgls(
+    mv: Product,
+    rmv: Product,
+    right: Tensor,
+    *,
+    tolerance: float,
+    max_steps: int,
+    shift: Tensor | float = 0.0,
+    miss: float = 0.0,
+) -> tuple[Tensor, Convergence]:
+    """Return `argmin ||J d - right||^2 + shift ||d||^2`, of least norm, for every sample.
+
+    Conjugate gradients on `(J^T J + shift) d = J^T right` from 0: for a consistent system the
+    iterates span what those of `J J^T u = right`, `d = J^T u` do, and it converges for the others,
+    too. The residual falls with every step, so that whatever ends the iteration, the answer is
+    never worse than no step.
+
+    Args:
+        mv: Applies J: (N, n) -> (N, m).
+        rmv: Applies its transpose.
+        right: Shape (N, m).
+        tolerance: A sample stops where the norm of its `J^T r - shift d` has fallen to this share.
+        max_steps: Bound on the steps.
+        shift: Tikhonov's parameter, one number or one a sample, shape (N,).
+        miss: A sample stops, too, where the norm of its residual has fallen to this share.
+
+    Returns:
+        Shape (N, n) in the type of `right`, and how it went. Samples whose gradient is down to
+        rounding have converged.
+
+    Reference:
+        Hestenes and Stiefel (1952); Bjorck, Numerical Methods for Least Squares Problems, 7.4.1.
+    """
+    eps = torch.finfo(right.dtype).eps
+    shift = torch.as_tensor(shift, dtype=right.dtype, device=right.device).expand(len(right))
+    # What is left of J^T r below this is rounding; a direction made of it leads anywhere.
+    noise = (_NOISE * eps) ** 2
+    start = unstructured(right)
+    scale = _squares(rmv(start)) / _squares(start)  # of J^T J: the largest ratio met so far
+    residual, gradient = right, rmv(right)
+    direction, solution = gradient, torch.zeros_like(gradient)
+    first = size = _squares(gradient)
+    least = miss**2 * _squares(right)
+    steps = torch.zeros(len(right), dtype=torch.long, device=right.device)
+
+    def is_open() -> Tensor:
+        left = _squares(residual) + shift * _squares(solution)
+        return (size > tolerance**2 * first) & (left > least) & (size > noise * scale * left)
+
+    for _ in range(max_steps):
+        active = is_open()
+        if not bool(active.any()):  # synchronises
+            break
+        image = mv(direction)
+        length = _squares(direction)
+        curvature = _squares(image) + shift * length
+        scale = scale.maximum(torch.where(active, curvature / length, 0))
+        active &= curvature > 0
+        ratio = torch.where(active, size / torch.where(active, curvature, 1), 0)[:, None]
+        solution = solution + ratio * direction
+        residual = residual - ratio * image
+        gradient = rmv(residual) - shift[:, None] * solution
+        before, size = size, torch.where(active, _squares(gradient), size)
+        ratio = torch.where(active, size / torch.where(active, before, 1), 0)[:, None]
+        direction = torch.where(active[:, None], gradient + ratio * direction, direction)
+        steps += active
+    left = torch.where(first > 0, size / torch.where(first > 0, first, 1), 0).sqrt()
+    return solution, Convergence(left, steps, ~is_open())
+
+
+def largest_singular_value(mv: Product, rmv: Product, like: Tensor) -> Tensor:
+    """Return an estimate from below of the largest singular value of every sample.
+
+    Args:
+        mv: Applies J: (N, n) -> (N, m).
+        rmv: Applies its transpose.
+        like: Gives the shape (N, m), the type and the device.
+
+    Returns:
+        Shape (N,).
+    """
+    vector = rmv(unstructured(like))
+    value = torch.zeros_like(vector[:, 0])
+    for _ in range(_POWER_STEPS):
+        norm = vector.norm(dim=1, keepdim=True)
+        image = mv(vector / torch.where(norm > 0, norm, 1))
+        value = image.norm(dim=1)
+        vector = rmv(image)
+    return value
+
+
+def unstructured(like: Tensor) -> Tensor:
+    """Return vectors (N, m) without a structure that operators have, the same for every sample."""
+    count = torch.arange(1, like.shape[1] + 1, device=like.device, dtype=torch.float64)
+    return torch.cos(1.618 * count.square()).to(like.dtype).expand_as(like)
+
+
+def _squares(vectors: Tensor) -> Tensor:
+    return vectors.square().sum(1)
+
+
+__all__ = ["cgls", "largest_singular_value", "unstructured"]

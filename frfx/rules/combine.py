@@ -1,0 +1,42 @@
+"""Between the rules: several answers for one feature, parts of a tuple, the trust region."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def fan_out_inverse(*answers: Tensor) -> Tensor:
+    """Return `x*` of a feature that several ops read, each of which has answered.
+
+    The least-squares solution of the fan-out `x -> (x, ..., x)`, whose pseudo-inverse is the mean.
+    """
+    total = answers[0]
+    for answer in answers[1:]:
+        total = total + answer
+    return total / len(answers)
+
+
+def replace_parts(parts: tuple[Tensor, ...], answers: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+    """Return a tuple of forward values, with targets where there are some."""
+    count = len(parts)
+    wanted = {index % count: answer for index, answer in answers.items()}
+    return tuple(wanted.get(index, part) for index, part in enumerate(parts))
+
+
+def limit_deviation(target: Tensor, forward: Tensor, radius: float) -> Tensor:
+    """Return the target, moved towards the forward value where it lies outside the trust region.
+
+    Args:
+        target: `x*`, shape (N, ...).
+        forward: `x^`, of the same shape.
+        radius: Bound on `||x* - x^|| / ||x^||` of every sample. The step keeps its direction: along
+            it, the linearised residual only falls up to the whole step.
+    """
+    deviation = target - forward
+    length = torch.linalg.vector_norm(deviation.flatten(1), dim=1)
+    longest = radius * torch.linalg.vector_norm(forward.flatten(1).to(length.dtype), dim=1)
+    share = torch.where(length > longest, longest / length, 1)
+    return forward + share.view(-1, *[1] * (deviation.ndim - 1)) * deviation

@@ -1,0 +1,126 @@
+"""A region of the network as one op: the minimal-deviation step through its whole Jacobian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from frfx import vocabulary
+from frfx.linalg.cgls import cgls, largest_singular_value
+from frfx.linalg.iterative import MAX_STEPS, Convergence
+from frfx.linalg.jacobian import Jacobian
+from frfx.linalg.pseudo_inverse import solve_dtype
+from frfx.ops import Op, Shape
+from frfx.registry import register_rule
+from frfx.rules.base import Inversion, Rule, Unconverged, check_iteration, report_convergence
+from frfx.view import in_precision
+
+_DAMPING = 1e-2
+"""Damping unless the policy says otherwise: an undamped step goes so far that the region is nothing
+like its linearisation there, and leaves more than no step would (docs/branches.md)."""
+
+_TOLERANCE = 0.1
+"""The linearisation itself is off by more."""
+
+
+class RegionInversion(Inversion):
+    """`x* = x^ + J+ (y* - y^)`, J the Jacobian of the region at the forward values.
+
+    It gives no gradient, and torch.compile leaves it out.
+
+    Args:
+        op: The region; its module takes the feature and what is held, returns the output.
+        rule: The options.
+    """
+
+    def __init__(self, op: Op, rule: RegionRule) -> None:
+        super().__init__()
+        self.op, self.rule = op, rule
+        self.solver = f"CGLS, {rule.max_steps} steps at most"
+        self._convergence: Convergence | None = None
+        self._coupled: dict[Shape, bool] = {}
+
+    @torch.compiler.disable
+    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
+        """Return `x^ + J+ (y* - y^)`."""
+        with torch.inference_mode(False), torch.no_grad():
+            target, output, *given = map(ordinary, (target, output, *inputs))
+            with torch.autocast(output.device.type, enabled=False):
+                return self._solve(target, output, given)
+
+    def _solve(self, target: Tensor, output: Tensor, given: list[Tensor]) -> Tensor:
+        dtype = solve_dtype(output.dtype)
+        assert self.op.module is not None
+        module = in_precision(self.op.module, dtype)
+        feature, *held = (v.to(dtype) if v.is_floating_point() else v for v in given)
+        # The fused kernels of attention have no second derivative, which `Jacobian.mv` takes.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            leaf = feature.detach().requires_grad_()
+            jacobian = Jacobian(leaf, module(leaf, *held))
+        shape = tuple(feature.shape)
+        if shape not in self._coupled:
+            self._coupled[shape] = jacobian.couples_samples()
+        if self._coupled[shape]:
+            jacobian.systems = 1
+        residual = (target.to(dtype) - output.to(dtype)).reshape(jacobian.systems, -1)
+        shift: Tensor | float = 0.0
+        damping = _DAMPING if self.rule.damping is None else self.rule.damping
+        if damping:
+            largest = largest_singular_value(jacobian.mv, jacobian.rmv, residual)
+            shift = damping * largest.square()
+        deviation, self._convergence = cgls(
+            jacobian.mv,
+            jacobian.rmv,
+            residual,
+            shift=shift,
+            tolerance=self.rule.tolerance,
+            max_steps=self.rule.max_steps,
+        )
+        return feature + deviation.reshape(shape)
+
+    def check_convergence(self) -> None:
+        """Warn or raise, as asked, if the last solve has left samples unsolved.
+
+        Raises:
+            ConvergenceError: If it has, and `unconverged` is ``"raise"``.
+        """
+        convergence, self._convergence = self._convergence, None
+        report_convergence(convergence, self.op, self.rule.unconverged)
+
+
+@register_rule(vocabulary.region)
+@dataclass(frozen=True)
+class RegionRule(Rule):
+    """The step of least norm among those that bring the linearised region nearest to its target.
+
+    Nothing inside of the region needs a rule, only a derivative; what the layer does not reach is
+    held at its forward value. The Jacobian is never formed.
+
+    Attributes:
+        damping: Tikhonov's parameter relative to the squared largest singular value of a sample's
+            Jacobian, which the power method estimates from below; None for 1e-2.
+        tolerance: Bound on the residual of the normal equations, relative by sample.
+        max_steps: Bound on the steps of conjugate gradients.
+        unconverged: What to do about samples that are above the tolerance after the last step:
+            ``"warn"``, ``"raise"`` or ``"ignore"``.
+    """
+
+    equation = "Eq. 4, 6 and 7 for the Jacobian of a whole region"
+    damping: float | None = None
+    tolerance: float = _TOLERANCE
+    max_steps: int = MAX_STEPS
+    unconverged: Unconverged = "warn"
+
+    def __post_init__(self) -> None:
+        check_iteration(self.tolerance, self.max_steps, self.unconverged)
+
+    def build(self, op: Op) -> Inversion:
+        return RegionInversion(op, self)
+
+
+def ordinary(value: Tensor) -> Tensor:
+    """Return a tensor that autograd may save: those of inference mode it may not."""
+    return value.clone() if value.is_inference() else value
