@@ -92,3 +92,10 @@ def bench_solvers(session: nox.Session) -> None:
     """Measure the solvers beside their floors, and whole networks beside a training step."""
     install(session, "cli")
     session.run("python", "benchmarks/solvers.py", *session.posargs)
+
+
+@nox.session
+def zoo(session: nox.Session) -> None:
+    """Invert every network of torchvision to four depths; arguments go to benchmarks/zoo.py."""
+    install(session, "cli")
+    session.run("python", "benchmarks/zoo.py", *session.posargs)

@@ -169,8 +169,7 @@ class Op:
             list are named ``tensors[0]``, ``tensors[1]``, ...
         arguments: The constant arguments by canonical name. In a sequence, what the graph holds
             is named: ``("tensors[0]", "tensors[1]")``.
-        computed: Names of arguments that the graph computes, so no rule can read them; beside an
-            element of a sequence, the sequence.
+        computed: Names of arguments that the graph computes, so no rule can read them.
         module: The module that the node calls, if it calls one.
         tensor_of: The model's tensors among the arguments; each value reads the tensor anew.
         size_of: What the graph computes from sizes alone among the arguments; each value reads it

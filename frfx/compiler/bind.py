@@ -84,25 +84,28 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
             tensor_of[name] = functools.partial(_read, traced.root, str(value.target))
         elif isinstance(value, Tensor) and module is not None:
             tensor_of[name] = functools.partial(_read, module, name)
-        elif _nodes(value):  # is one, or a slice from or to one
+        elif nodes := _nodes(value):  # is one, or holds some, as a slice may
             computed.append(name)
+            if all(map(_is_size, nodes)):
+                size_of[name] = functools.partial(_resolve, value)
         else:
             constants[name] = value
 
     for name, value in values.items():
-        nodes = _nodes(value)
-        if nodes and all(map(_is_size, nodes)):
-            size_of[name] = functools.partial(_resolve, value)
-        if not isinstance(value, (list, tuple)) or not nodes:
+        if not isinstance(value, (list, tuple)) or not _nodes(value):
             enter(name, value)
             continue
         elements = {f"{name}[{i}]": element for i, element in enumerate(value)}
-        held = {place: element for place, element in elements.items() if _nodes(element)}
-        for place, element in held.items():
+        named = {place: element for place, element in elements.items() if _nodes(element)}
+        for place, element in named.items():
             enter(place, element)
-        constants[name] = tuple(p if p in held else element for p, element in elements.items())
-        if not held.keys().isdisjoint(computed):
-            computed.append(name)
+        constants[name] = tuple(p if p in named else element for p, element in elements.items())
+        unknown = [place for place in computed if place in named]
+        if unknown:
+            computed = [other for other in computed if other not in named] + [name]
+            sizes = {place: size_of.pop(place) for place in unknown if place in size_of}
+            if len(sizes) == len(unknown):
+                size_of[name] = functools.partial(_fill_in, constants[name], sizes)
     return Op(
         type=entry.type if entry else None,
         name=node.name,
@@ -167,6 +170,18 @@ def _is_size(node: fx.Node) -> bool:
 def _resolve(argument: Any, values: Mapping[str, Any]) -> Any:
     """Return an argument with the values of its nodes."""
     return fx.map_arg(argument, lambda node: values[node.name])
+
+
+def _fill_in(
+    sequence: tuple[Any, ...],
+    sizes: Mapping[str, Callable[[Mapping[str, Any]], Any]],
+    values: Mapping[str, Any],
+) -> tuple[Any, ...]:
+    """Return a sequence with the values of those of its elements that are named as sizes."""
+    return tuple(
+        sizes[element](values) if isinstance(element, str) and element in sizes else element
+        for element in sequence
+    )
 
 
 def _is_tensor(value: Any, root: nn.Module) -> bool:

@@ -247,7 +247,7 @@ class Iterative:
         damping = max(self.damping, torch.finfo(_entries(operator).dtype).eps)
         if isinstance(operator, Matrix):
             dual = operator.matrix.shape[0] <= operator.matrix.shape[1]
-            largest = largest_singular_value(operator.matrix.double())
+            largest = largest_singular_value(operator.matrix)
             spectrum, preconditioner = Spectrum(largest, math.nan, deficient=False), None
         else:
             dual = math.prod(operator.out_shape) <= math.prod(operator.in_shape)

@@ -26,6 +26,9 @@ _EXACT_WORK = 1 << 20
 _POWER_STEPS = 40
 """Steps of the power iterations that estimate the extreme singular values of large matrices."""
 
+_LANCZOS_STEPS = 12
+"""Steps of a bidiagonalisation; the largest singular value is then known to a few percent."""
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -190,12 +193,36 @@ def _weights_of_each(singular: Tensor, rcond: float, damping: float) -> Tensor:
 
 
 def largest_singular_value(matrix: Tensor) -> float:
-    """Return the largest singular value of a batch of matrices; of large ones a close estimate."""
-    rows, columns = matrix.shape[-2:]
-    if min(rows, columns) < _CHOLESKY_FROM:
+    """Return the largest singular value of a batch of matrices; of large ones a close estimate.
+
+    Large ones are only multiplied by vectors, for their Gram matrices would take longer than many
+    solves.
+
+    Reference:
+        Golub and Kahan (1965): bidiagonalisation, whose singular values approach the extreme ones.
+    """
+    if min(matrix.shape[-2:]) < _CHOLESKY_FROM:
         return float(singular_values(matrix).amax())
-    product = matrix @ matrix.mH if rows <= columns else matrix.mH @ matrix
-    return float(_largest_eigenvalue(product).amax().sqrt())
+    tiny = torch.finfo(matrix.dtype).tiny
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[-1], 1, generator=generator, dtype=torch.float64)
+    right = start.to(matrix.device, matrix.dtype).expand(*matrix.shape[:-2], -1, 1)
+    right = right / torch.linalg.vector_norm(right, dim=-2, keepdim=True)
+    left: Tensor | float = 0.0
+    beta: Tensor | float = 0.0
+    diagonal, above = [], []
+    for _ in range(_LANCZOS_STEPS):
+        image = matrix @ right - beta * left
+        alpha = torch.linalg.vector_norm(image, dim=-2, keepdim=True)
+        left = image / alpha.clamp(min=tiny)
+        image = matrix.mH @ left - alpha * right
+        beta = torch.linalg.vector_norm(image, dim=-2, keepdim=True)
+        right = image / beta.clamp(min=tiny)
+        diagonal.append(alpha[..., 0, 0])
+        above.append(beta[..., 0, 0])
+    bidiagonal = torch.diag_embed(torch.stack(diagonal, -1))
+    bidiagonal += torch.diag_embed(torch.stack(above[:-1], -1), offset=1)
+    return float(torch.linalg.svdvals(bidiagonal).amax())
 
 
 def singular_values(matrices: Tensor) -> Tensor:

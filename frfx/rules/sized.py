@@ -95,6 +95,10 @@ class SizedInversion(FactoredInversion):
         built = self.factors[tuple(inputs[0].shape[1:])]
         return built.inversion(target, output, *inputs)
 
+    def share(self, *inputs: Tensor) -> Tensor | None:
+        """Return which entries the inversion for this size speaks for."""
+        return self.factors[tuple(inputs[0].shape[1:])].inversion.share(*inputs)
+
     def check_convergence(self) -> None:
         """Warn or raise, as asked, if a solver has left samples unsolved.
 

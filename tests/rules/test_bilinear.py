@@ -22,7 +22,7 @@ from oracles import (
 
 import frfx
 from frfx import vocabulary
-from frfx.rules import BilinearRule
+from frfx.rules import BilinearRule, SumRule
 
 seeds = st.integers(0, 2**31)
 sizes = st.integers(1, 5)
@@ -237,6 +237,13 @@ def test_einsum_of_a_list(function):
     assert relative(found, minimal_affine_preimage(lambda b: a @ b, b, target)) < 1e-11
 
 
+@pytest.mark.parametrize("einsum", [torch.einsum, torch.ops.aten.einsum.default], ids=str)
+def test_einsum_of_a_list_with_a_parameter(einsum):
+    x, w, target = normal(0, 2, 3), normal(1, 3, 4), normal(2, 2, 4)
+    found = reconstruct(lambda x, w: einsum("ij,jk", [x, w]), x, target, w=w)
+    assert relative(found, minimal_affine_preimage(lambda x: x @ w, x, target)) < 1e-11
+
+
 @given(seed=seeds, shape=st.tuples(sizes, sizes, sizes), rank=st.integers(0, 3))
 def test_the_forward_output_as_target_leaves_the_input(seed, shape, rank):
     m, k, n = shape
@@ -331,7 +338,7 @@ REFUSED = {
         "its right is computed in the graph, not read from the model",
     ),
     "computed alpha": (
-        lambda x, w: torch.addmm(w, x, w, alpha=x.size(0)),
+        lambda x, w: w.addmm(x, w, alpha=x.size(0)),
         vocabulary.addmm,
         "its alpha or beta is computed in the graph, not read from the model",
     ),
@@ -339,6 +346,11 @@ REFUSED = {
         lambda x, w: torch.addmm(x, w, w),
         vocabulary.addmm,
         "it would have to reconstruct its input, which it does not multiply",
+    ),
+    "computed operand in a list": (
+        lambda x, w: torch.ops.aten.einsum.default("ij,jk", [x, w.exp()]),
+        vocabulary.einsum,
+        "its left[1] is computed in the graph, not read from the model",
     ),
     "diagonal": (
         lambda x, w: torch.einsum("ii,ij", x, w),
@@ -368,3 +380,18 @@ def test_refused(case):
 def test_an_unknown_side_to_hold():
     with pytest.raises(frfx.PolicyError, match="hold is 'left' or 'right', not 'both'"):
         BilinearRule(hold="both")
+
+
+def test_compiles_without_a_graph_break():
+    a, b, target = normal(0, 2, 3, 5), normal(1, 2, 5, 4), normal(2, 2, 3, 4)
+    inversion = BilinearRule().build(bound(torch.matmul, vocabulary.matmul))
+    compiled = torch.compile(inversion, backend="aot_eager", fullgraph=True)
+    expected = inversion(target, a @ b, a, b)
+    torch.testing.assert_close(compiled(target, a @ b, a, b), expected)
+
+
+def test_other_rules_reconstruct_every_free_input():
+    op = bound(torch.add, vocabulary.add)
+    assert SumRule().reconstructs(op) == ("input", "other")
+    held = bound(torch.add, vocabulary.add, held=["input"])
+    assert SumRule().reconstructs(held) == ("other",)

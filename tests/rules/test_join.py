@@ -78,6 +78,9 @@ CLASS_TOKEN = {
     "first": lambda x, w: torch.cat([w.expand(x.shape[0], -1, -1), x], dim=1),
     "last": lambda x, w: torch.cat((x, w.expand(x.shape[0], -1, -1)), 1),
     "two": lambda x, w: torch.concat([w.repeat(2, 1, 1), w.expand(2, -1, -1), x], 1),
+    "along a dimension by count": lambda x, w: torch.cat(
+        [w.expand(x.size(0), 1, 4), x], x.dim() - 2
+    ),
     "stacked": lambda x, w: torch.stack([x, w.expand(2, 3, 4)], -2),
     "negative": lambda x, w: torch.concatenate([w.repeat(2, 3, 1), x], -1),
     "aten.cat": lambda x, w: torch.ops.aten.cat.default([w.expand(2, 1, 4), x], 1),
@@ -139,10 +142,6 @@ REFUSED = {
     "in the middle": (
         lambda x, w: torch.cat([w.expand(2, -1, -1), x, w.expand(2, -1, -1)], 1),
         "where x lies in it cannot be told",
-    ),
-    "computed dim": (
-        lambda x, w: torch.cat([w.expand(2, -1, -1), x], x.dim() - 2),
-        "its dim is computed in the graph",
     ),
     "overlap": (
         lambda x, w: torch.tensor_split(x, (2, 1), 1)[0],

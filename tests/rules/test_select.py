@@ -25,6 +25,10 @@ SELECTIONS = {
     "x[:, :, 1, 2]": lambda x: x[:, :, 1, 2],
     "x[1] of channels first": lambda x: x.transpose(0, 1)[1],
     "x.__getitem__": lambda x: x.__getitem__((slice(None), 2)),
+    "x[:, :size]": lambda x: x[:, : x.size(1) - 1],
+    "x[..., size, :size]": lambda x: x[..., x.size(2) - 1, 1 : x.shape[3]],
+    "x[:, :size, tensor]": lambda x: x[:, : x.size(2), torch.tensor([2, 2])],
+    "x.select of a size": lambda x: x.select(1, x.size(2)),
     "x.select": lambda x: x.select(1, 2),
     "torch.select": lambda x: torch.select(x, -1, -2),
     "x.narrow": lambda x: x.narrow(1, 1, 2),
@@ -195,8 +199,10 @@ def test_slices_of_one_value_together():
 
 
 REFUSED = {
-    "computed index": (lambda x: x[:, : x.size(1) - 1], "its index is computed in the graph"),
-    "computed number": (lambda x: x.select(1, x.size(2)), "its index is computed in the graph"),
+    "computed index": (
+        lambda x: x[:, torch.arange(x.size(1) - 1)],
+        "its index is computed from more than the size of the image",
+    ),
     "repeats in a tensor": (
         lambda x: x.repeat_interleave(torch.tensor([1, 2, 1, 1]), 1),
         "its repeats are a tensor, not one number",

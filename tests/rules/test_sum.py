@@ -121,6 +121,7 @@ COMPUTED = {
     "w.view - x": lambda x, w: w.view(3, 1) - x,
     "x - arange": lambda x, w: x - torch.arange(x.size(1), dtype=x.dtype)[:, None],
     "alpha": lambda x, w: torch.sub(w * w, x, alpha=2),
+    "alpha of a size": lambda x, w: torch.sub(w, x, alpha=x.size(1)),
     "broadcast": lambda x, w: x + w.exp().expand(3, 4),
 }
 

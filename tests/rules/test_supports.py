@@ -105,6 +105,11 @@ COMPILED = {
         "its other operand is computed in the graph, not read from the model",
         {"w": torch.ones(3)},
     ),
+    "alpha in a tensor": (
+        lambda x, w: torch.add(x, w, alpha=w.sum()),
+        "its alpha is computed in the graph or a tensor, not a number of the program",
+        {"w": torch.ones(3)},
+    ),
     "1 / x": (lambda x: 1 / x, "it divides by the activation, which is not affine"),
     "rounded": (
         lambda x: torch.div(x, 2, rounding_mode="floor"),

@@ -1,0 +1,95 @@
+"""Networks of other families, written as their repositories write them, inverted unchanged."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import frfx
+from tests.foreign import attention, merging, residual, shapes
+from tests.foreign.case import Foreign
+from tests.networks_zoo import snapshot
+
+NETWORKS: dict[str, Foreign] = {
+    **residual.NETWORKS,
+    **merging.NETWORKS,
+    **attention.NETWORKS,
+    **shapes.NETWORKS,
+}
+PLACES = [(name, layer) for name, case in NETWORKS.items() for layer in case.layers]
+
+
+@functools.cache
+def subject(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a network whose norms know its features, a batch, and the second classes."""
+    torch.manual_seed(0)
+    case = NETWORKS[name]
+    model = case.build()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # the mean over the batches below
+    with torch.no_grad():
+        for _ in range(4):
+            model(torch.randn(32, *case.shape))
+        x = torch.randn(4, *case.shape)
+        return model.eval(), x, model(x).topk(2).indices[:, 1]
+
+
+def invert(name: str, layer: str, policy: frfx.policy.Policy) -> frfx.Inverse:
+    """Return the inverse, with an example for the networks that symbolic tracing cannot follow."""
+    model, x, _ = subject(name)
+    case = NETWORKS[name]
+    example = x if case.front_end == "torch.export" else None
+    inverse = frfx.invert(model, layer, policy=policy, example_input=example)
+    assert inverse.traced.front_end == case.front_end
+    return inverse
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layers(name):
+    model, _, _ = subject(name)
+    case = NETWORKS[name]
+    if case.front_end == "torch.export":
+        with pytest.raises(frfx.TraceError, match="Give example_input"):
+            frfx.layers(model)
+        return
+    names = [row.name for row in frfx.layers(model)]
+    assert len(names) == len(set(names))
+    for layer in case.layers:
+        assert any(row == layer or row.startswith(f"{layer}.") for row in names)
+
+
+@pytest.mark.parametrize(("name", "layer"), PLACES)
+def test_regions(name, layer):
+    model, x, y = subject(name)
+    before = snapshot(model)
+    inverse = invert(name, layer, frfx.policy.minimal())
+    found = frfx.measure(inverse, x, y)
+    assert bool(found.deviation.isfinite().all())
+    assert all(bool(row.residual.isfinite().all()) for row in found.residuals)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(("name", "layer"), PLACES)
+def test_joint(name, layer):
+    model, x, y = subject(name)
+    before = snapshot(model)
+    inverse = invert(name, layer, frfx.policy.joint(unreached="ignore"))
+    found = frfx.measure(inverse, x, y)
+    (report,) = inverse.report.values()
+    assert bool(found.deviation.isfinite().all())
+    assert int(report.reached.sum()) >= 2
+    assert bool(found.consistent[report.reached].all())
+    assert snapshot(model) == before
+
+
+def test_a_batch_folded_with_places():
+    """Within its transformer, a sample of MobileViT is several rows: only one step may see that."""
+    _, x, y = subject("mobilevit")
+    found = frfx.measure(invert("mobilevit", "add", frfx.policy.minimal()), x, y)
+    assert bool(found.deviation.isfinite().all())
+    with pytest.raises(frfx.InputError, match=r"'add' has shape \(16, 16, 8\).*cut elsewhere"):
+        invert("mobilevit", "add", frfx.policy.joint())(x, y)
