@@ -53,7 +53,7 @@ def links(network: Network, tail: Tail) -> list[tuple[fx.Node, fx.Node]]:
 
     Ops that return a tuple are passed over: a region between two of these pairs ends in a tensor.
     """
-    chain = [n for n in tail.chain if n is tail.cut or not returns_several(network, n)]
+    chain = [node for node in tail.chain if not returns_several(network, node)]
     return list(itertools.pairwise(chain))
 
 
@@ -97,9 +97,10 @@ def top(network: Network, tail: Tail, options: JointOptions) -> fx.Node:
 
 def _place(network: Network, tail: Tail, name: str | int, what: str) -> fx.Node:
     node = network.find(name)
-    if node not in tail.chain or node in network.heads:
-        paths = network.traced.paths
-        known = [paths[n] for n in tail.chain if n not in network.heads]
+    paths = network.traced.paths
+    usable = [n for n in tail.chain if n not in network.heads and not returns_several(network, n)]
+    if node not in usable:
+        known = [paths[n] for n in usable]
         raise LayerError(
             f"{what}: {paths[node]!r} is not on every path from {paths[tail.cut]!r} to the logits."
             f"{nearest(paths[node], known)} These are: {', '.join(map(repr, known))}"

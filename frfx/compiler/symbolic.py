@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from frfx import ops
 from frfx.compiler.constants import keep_constants, scratch_to_trace
-from frfx.compiler.transformers import is_open, traceable
+from frfx.compiler.transformers import is_open, no_fast_path, traceable
 from frfx.errors import TraceError
 from frfx.view import redirect
 

@@ -229,6 +229,12 @@ class Network:
                 f"layer {self.traced.paths[cut]!r} lies behind the logits "
                 f"{self.traced.paths[self.logits()]!r}: there is nothing to invert"
             )
+        kind = op_type(cut, self.traced.root)
+        if kind is not None and kind.several:
+            raise LayerError(
+                f"layer {self.traced.paths[cut]!r} is a tuple of tensors: name what it is made of, "
+                "or one of its parts"
+            )
         within = after & (nx.ancestors(self.flow, output) | {output})
         nodes = tuple(node for node in self.traced.graph.nodes if node in within)
         return Tail(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from frfx.joint.region import Region
 from frfx.linalg.cgls import cgls
@@ -39,12 +38,9 @@ class OutputConstraint:
 
     def linearise(self, feature: Tensor, rows: Tensor) -> OutputPoint:
         """Return the constraint at the features (L, ...) of some samples."""
-        # The fused kernels of attention have no second derivative, which `Jacobian.mv` takes.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            leaf = feature.detach().requires_grad_()
-            output = self.region(leaf, rows)
-        residual = (self.target[rows] - output.detach()).flatten(1)
-        return OutputPoint(Jacobian(leaf, output), residual, self.slack[rows])
+        jacobian = Jacobian(lambda value: self.region(value, rows), feature)
+        residual = (self.target[rows] - jacobian.output).flatten(1)
+        return OutputPoint(jacobian, residual, self.slack[rows])
 
 
 class OutputPoint:

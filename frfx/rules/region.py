@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from frfx import vocabulary
+from frfx.errors import UnsupportedOp, UnsupportedOpsError
 from frfx.linalg.cgls import cgls, largest_singular_value
 from frfx.linalg.iterative import MAX_STEPS, Convergence
 from frfx.linalg.jacobian import Jacobian
@@ -56,16 +58,17 @@ class RegionInversion(Inversion):
         assert self.op.module is not None
         module = in_precision(self.op.module, dtype)
         feature, *held = (v.to(dtype) if v.is_floating_point() else v for v in given)
-        # The fused kernels of attention have no second derivative, which `Jacobian.mv` takes.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            leaf = feature.detach().requires_grad_()
-            jacobian = Jacobian(leaf, module(leaf, *held))
+        with self._derivatives():
+            jacobian = Jacobian(lambda value: module(value, *held), feature)
+            return self._step(jacobian, target.to(dtype) - output.to(dtype), feature)
+
+    def _step(self, jacobian: Jacobian, residual: Tensor, feature: Tensor) -> Tensor:
         shape = tuple(feature.shape)
         if shape not in self._coupled:
             self._coupled[shape] = jacobian.couples_samples()
         if self._coupled[shape]:
             jacobian.systems = 1
-        residual = (target.to(dtype) - output.to(dtype)).reshape(jacobian.systems, -1)
+        residual = residual.reshape(jacobian.systems, -1)
         shift: Tensor | float = 0.0
         damping = _DAMPING if self.rule.damping is None else self.rule.damping
         if damping:
@@ -80,6 +83,23 @@ class RegionInversion(Inversion):
             max_steps=self.rule.max_steps,
         )
         return feature + deviation.reshape(shape)
+
+    @contextlib.contextmanager
+    def _derivatives(self) -> Iterator[None]:
+        """Name the region where an op inside cannot be differentiated."""
+        try:
+            yield
+        except RuntimeError as error:  # NotImplementedError is one
+            if "not implemented" not in str(error):
+                raise
+            op = UnsupportedOp(
+                self.op.path,
+                "region",
+                self.op.show_shapes(),
+                f"an op inside cannot be differentiated as the solver asks: {error}",
+                f"policy.override(node={self.op.path!r}, branches='rules')",
+            )
+            raise UnsupportedOpsError([op]) from error
 
     def check_convergence(self) -> None:
         """Warn or raise, as asked, if the last solve has left samples unsolved.
