@@ -267,7 +267,9 @@ class Inverse(fx.GraphModule):
             known = ""
             if shapes:
                 ins = ", ".join(show_shape(shapes[node]) for node in step.inputs)
-                out = "label" if step.node is None else show_shape(shapes[step.node])
+                out = "label"
+                if step.node is not None:
+                    out = show_shape(shapes[step.node]) if step.node in shapes else "tuple"
                 known = f"{ins} -> {out}"
             rows.append(
                 SummaryRow(
