@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from frfx.rules.base import Inversion
 
 
 def fan_out_inverse(*answers: Tensor) -> Tensor:
@@ -17,6 +19,44 @@ def fan_out_inverse(*answers: Tensor) -> Tensor:
     for answer in answers[1:]:
         total = total + answer
     return total / len(answers)
+
+
+def shared_fan_out_inverse(
+    forward: Tensor, answers: Sequence[Tensor], shares: Sequence[Tensor | None]
+) -> Tensor:
+    """Return `x*` of a feature some of whose readers select entries of it.
+
+    With selections A_i, `A_i^T A_i` is the diagonal of how often each entry is read, and the
+    pseudo-inverse of all of them together is the mean over those who read an entry.
+
+    Args:
+        forward: `x^`.
+        answers: What each reader has answered.
+        shares: How often each reads every entry; None for once.
+    """
+    total: Tensor | float = 0.0
+    count: Tensor | float = 0.0
+    for answer, share in zip(answers, shares, strict=True):
+        weight = 1 if share is None else share.to(answer.dtype)
+        total = total + weight * (answer - forward)
+        count = count + weight
+    return forward + total / (count.clamp(min=1) if isinstance(count, Tensor) else count)
+
+
+class Share(nn.Module):
+    """Which entries the answer of an inversion speaks for, as a module of the graph.
+
+    Args:
+        inversion: It is registered elsewhere in the graph.
+    """
+
+    def __init__(self, inversion: Inversion) -> None:
+        super().__init__()
+        self._inversion = (inversion,)
+
+    def forward(self, *inputs: Tensor) -> Tensor | None:
+        """Return `inversion.share(*inputs)`."""
+        return self._inversion[0].share(*inputs)
 
 
 def replace_parts(parts: tuple[Tensor, ...], answers: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
