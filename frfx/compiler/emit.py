@@ -15,13 +15,7 @@ from frfx.compiler.plan import Plan, Step
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend
 from frfx.rules.base import AffineInversion, Inversion
-from frfx.rules.combine import (
-    Share,
-    fan_out_inverse,
-    limit_deviation,
-    replace_parts,
-    shared_fan_out_inverse,
-)
+from frfx.rules.combine import Share, fan_out_inverse, limit_deviation, replace_parts
 from frfx.rules.label import predicted_labels
 from frfx.rules.sized import SizedInversion
 
@@ -119,17 +113,13 @@ class _Walk:
             answers, self._start = [self._start], None
         if len(answers) == 1:
             return answers[0]
-        name = f"{node.name}_fan_out_inverse"
-        if self._shares.keys().isdisjoint(answers):
-            return self.graph.create_node(
-                "call_function", fan_out_inverse, tuple(answers), name=name
-            )
-        shares = tuple(
-            self.graph.call_module(*self._shares[answer]) if answer in self._shares else None
-            for answer in answers
+        arguments: list[Any] = [self.copies[node], tuple(answers)]
+        if not self._shares.keys().isdisjoint(answers):
+            known = (self._shares.get(answer) for answer in answers)
+            arguments.append(tuple(share and self.graph.call_module(*share) for share in known))
+        return self.graph.create_node(
+            "call_function", fan_out_inverse, tuple(arguments), name=f"{node.name}_fan_out_inverse"
         )
-        arguments = (self.copies[node], tuple(answers), shares)
-        return self.graph.create_node("call_function", shared_fan_out_inverse, arguments, name=name)
 
     def partly(self, step: Step, share: str) -> None:
         """Note that the last step has answered for some entries only, as the module tells."""

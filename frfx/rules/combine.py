@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,33 +11,23 @@ from torch import Tensor, nn
 from frfx.rules.base import Inversion
 
 
-def fan_out_inverse(*answers: Tensor) -> Tensor:
+def fan_out_inverse(
+    forward: Tensor, answers: Sequence[Tensor], shares: Sequence[Tensor | None] = ()
+) -> Tensor:
     """Return `x*` of a feature that several ops read, each of which has answered.
 
     The least-squares solution of the fan-out `x -> (x, ..., x)`, whose pseudo-inverse is the mean.
-    """
-    total = answers[0]
-    for answer in answers[1:]:
-        total = total + answer
-    return total / len(answers)
-
-
-def shared_fan_out_inverse(
-    forward: Tensor, answers: Sequence[Tensor], shares: Sequence[Tensor | None]
-) -> Tensor:
-    """Return `x*` of a feature some of whose readers select entries of it.
-
-    With selections A_i, `A_i^T A_i` is the diagonal of how often each entry is read, and the
-    pseudo-inverse of all of them together is the mean over those who read an entry.
+    Readers that select entries say how often they read each: with selections A_i, the `A_i^T A_i`
+    are diagonal, and the pseudo-inverse of all together is the mean over those who read an entry.
 
     Args:
         forward: `x^`.
         answers: What each reader has answered.
-        shares: How often each reads every entry; None for once.
+        shares: How often each reads every entry; None for once. Empty if all read all.
     """
-    total: Tensor | float = 0.0
+    total = torch.zeros_like(forward)
     count: Tensor | float = 0.0
-    for answer, share in zip(answers, shares, strict=True):
+    for answer, share in itertools.zip_longest(answers, shares):
         weight = 1 if share is None else share.to(answer.dtype)
         total = total + weight * (answer - forward)
         count = count + weight
