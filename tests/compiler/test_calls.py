@@ -184,7 +184,8 @@ def transform_input(x):
 
 
 def test_input_transformed_channel_by_channel():
-    inverse = invert(transform_input, frfx.policy.minimal(damping=0.0))
+    policy = frfx.policy.minimal().override(node="cat", damping=0.0, tolerance=1e-12)
+    inverse = invert(transform_input, policy)
     x, wanted = normal(0, 2, 3, 4, 5), normal(1, 2, 3, 4, 5)
     torch.testing.assert_close(inverse(x, transform_input(wanted)), wanted, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(inverse(x, transform_input(x)), x)
