@@ -280,7 +280,7 @@ class Inverse(fx.GraphModule):
                     step.op.type.name if step.op.type else "",
                     str(step.rule),
                     str(getattr(factor, "solver", None) or inversion.solver),
-                    getattr(factor, "reason", "") or inversion.reason,
+                    str(getattr(factor, "reason", "") or inversion.reason),
                     known,
                     None if spectrum is None else spectrum.condition,
                 )
