@@ -93,3 +93,43 @@ def test_a_batch_folded_with_places():
     assert bool(found.deviation.isfinite().all())
     with pytest.raises(frfx.InputError, match=r"'add' has shape \(16, 16, 8\).*cut elsewhere"):
         invert("mobilevit", "add", frfx.policy.joint())(x, y)
+
+
+def test_image_sizes_that_export_cannot_reason_about():
+    """ShuffleNet pools, splits and folds by sizes: its graph fits the images of the example."""
+    _, x, y = subject("shufflenet")
+    inverse = invert("shufflenet", "layer1.0", frfx.policy.joint())
+    assert inverse.traced.sizes == (None, 3, 10, 10)
+    assert inverse(x[:2], y[:2]).shape[0] == 2
+    with pytest.raises(frfx.InputError, match=r"to the shape \(any, 3, 10, 10\).*\(4, 3, 14, 14\)"):
+        inverse(torch.randn(4, 3, 14, 14), y)
+
+
+class Masked(nn.Module):
+    """Attention that masks by minus infinity; and without a softmax behind, on request."""
+
+    def __init__(self, mask: str) -> None:
+        super().__init__()
+        self.qk, self.v, self.fc = nn.Linear(6, 12), nn.Linear(6, 6), nn.Linear(6, 5)
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.qk(x).chunk(2, -1)
+        scores = q @ k.transpose(1, 2)
+        future = torch.ones(4, 4, dtype=torch.bool).triu(1)
+        if self.mask != "row":
+            scores = scores.masked_fill(future, -torch.inf)
+        else:
+            scores = scores.masked_fill(torch.ones(4, 4, dtype=torch.bool), -torch.inf)
+        weights = scores if self.mask == "raw" else scores.softmax(-1)
+        return self.fc((weights @ self.v(x)).mean(1))
+
+
+def test_masks_of_minus_infinity():
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 4, 6), torch.arange(3)
+    for policy in (frfx.policy.minimal(), frfx.policy.joint()):
+        assert bool(frfx.invert(Masked("future").eval(), "x", policy)(x, y).isfinite().all())
+    for mask in ("row", "raw"):  # a softmax of nothing but masks, a product with them
+        with pytest.raises(frfx.NonFiniteError, match="'masked_fill': its output holds NaN or inf"):
+            frfx.invert(Masked(mask).eval(), "x", frfx.policy.joint())(x, y)
