@@ -30,16 +30,11 @@ def trace_symbolically(view: nn.Module) -> fx.Graph:
         graph = _Tracer().trace(scratch)
     for node in graph.nodes:  # else a module of the graph would wrap the function for all of fx
         node.meta.pop("is_wrapped", None)
-        node.target = _original(node.target)
+        if getattr(node.target, "__globals__", None) is vars(fx._symbolic_trace):
+            # A function of torch that an attribute held names itself by what stands in for it.
+            node.target = node.target.__wrapped__  # type: ignore[union-attr]
     keep_constants(graph, scratch, view)
     return graph
-
-
-def _original(target: Any) -> Any:
-    """Return what fx has wrapped: a function of torch.nn.functional that the model holds, as in
-    `self.activation = F.relu`, dispatches on its own name there, which stands for the wrapper."""
-    wrapped = getattr(target, "__globals__", None) is vars(fx._symbolic_trace)
-    return target.__wrapped__ if wrapped else target
 
 
 def _recording(function: Callable) -> Callable:
