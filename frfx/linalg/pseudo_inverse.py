@@ -208,8 +208,7 @@ def largest_singular_value(matrix: Tensor) -> float:
     start = torch.randn(matrix.shape[-1], 1, generator=generator, dtype=torch.float64)
     right = start.to(matrix.device, matrix.dtype).expand(*matrix.shape[:-2], -1, 1)
     right = right / torch.linalg.vector_norm(right, dim=-2, keepdim=True)
-    left: Tensor | float = 0.0
-    beta: Tensor | float = 0.0
+    left, beta = torch.zeros_like(matrix[..., :1]), torch.zeros_like(matrix[..., :1, :1])
     diagonal, above = [], []
     for _ in range(_LANCZOS_STEPS):
         image = matrix @ right - beta * left

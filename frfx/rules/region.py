@@ -112,6 +112,7 @@ class RegionInversion(Inversion):
 
 
 @register_rule(vocabulary.region)
+@register_rule(vocabulary.shifted_window_attention)
 @dataclass(frozen=True)
 class RegionRule(Rule):
     """The step of least norm among those that bring the linearised region nearest to its target.
