@@ -347,7 +347,7 @@ class _Probe(fx.Interpreter):
         return not torch.allclose(module.forward(*args, **kwargs), value)
 
     def _check(self, node: fx.Node, value: Tensor) -> None:
-        if _is_finite(value) or (node is not self.traced.output and _is_masked(value)):
+        if _is_finite(value):
             return
         self._masks.append(node)
         if node is not self.traced.output and not bool((value.isnan() | value.isposinf()).any()):
@@ -407,11 +407,6 @@ def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
         return True  # NaN and infinity do not leave a sum; it is ten times faster to ask
     return bool(torch.isfinite(tensor).all())  # the sum may have overflowed
-
-
-def _is_masked(tensor: Tensor) -> bool:
-    """Tell whether minus infinity is all that is not finite: a softmax takes it for a mask."""
-    return not bool((torch.isnan(tensor) | torch.isposinf(tensor)).any())
 
 
 def _check_finite(tensor: Tensor, what: str) -> None:
