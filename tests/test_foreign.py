@@ -129,7 +129,7 @@ def test_masks_of_minus_infinity():
     torch.manual_seed(0)
     x, y = torch.randn(3, 4, 6), torch.arange(3)
     for policy in (frfx.policy.minimal(), frfx.policy.joint()):
-        assert bool(frfx.invert(Masked("future").eval(), "x", policy)(x, y).isfinite().all())
+        assert bool(frfx.invert(Masked("future").eval(), "x", policy=policy)(x, y).isfinite().all())
     for mask in ("row", "raw"):  # a softmax of nothing but masks, a product with them
         with pytest.raises(frfx.NonFiniteError, match="'masked_fill': its output holds NaN or inf"):
-            frfx.invert(Masked(mask).eval(), "x", frfx.policy.joint())(x, y)
+            frfx.invert(Masked(mask).eval(), "x", policy="joint")(x, y)
