@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from frfx.compiler.prepare import run_forward
 from frfx.compiler.tail import Network
 from frfx.compiler.trace import trace
-from frfx.compiler.view import evaluation_view
+from frfx.view import evaluation_view
 
 CLASSIFIERS: list[str] = torchvision.models.list_models(module=torchvision.models)
 SEGMENTERS: list[str] = torchvision.models.list_models(module=torchvision.models.segmentation)

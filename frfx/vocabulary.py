@@ -386,6 +386,13 @@ multi_head_attention = define(
     [nn.MultiheadAttention],
     several=True,
 )
+shifted_window_attention = define(
+    "shifted_window_attention",
+    "input, qkv_weight, proj_weight, relative_position_bias, window_size, num_heads, shift_size, "
+    "attention_dropout=0.0, dropout=0.0, qkv_bias=None, proj_bias=None, logit_scale=None, "
+    "training=True",
+    ["torchvision.models.swin_transformer:shifted_window_attention"],
+)
 
 argmax = define(
     "argmax",

@@ -268,9 +268,9 @@ def _with_shapes(
     shapes: Mapping[fx.Node, Shape] | None,
 ) -> Op:
     """Return the op with its shapes, as far as they are known."""
-    if node is None or shapes is None or not shapes.keys() >= {node, *inputs}:
+    if node is None or shapes is None or not shapes.keys() >= set(inputs):
         return op
-    return op.with_shapes(tuple(shapes[source] for source in inputs), shapes[node])
+    return op.with_shapes(tuple(shapes[source] for source in inputs), shapes.get(node))
 
 
 def _problem(op: Op, reason: str, rule: Rule | None, remedy: str | None = None) -> UnsupportedOp:

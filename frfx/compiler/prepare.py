@@ -181,11 +181,11 @@ class Preparation(nn.Module):
         needed = set()
         by_name = {node.name: shape for node, shape in shapes.items()}
         for name, inversion in self.factored.items():
-            source = next(iter(inversion.op.inputs.values()))
-            given, gave = by_name[source], by_name.get(inversion.op.name, ())  # () for a tuple
+            given = tuple(by_name[source] for source in inversion.op.inputs.values())
+            gave = by_name.get(inversion.op.name, ())  # () for a tuple
             if isinstance(inversion, SizedInversion):
-                inversion.settle(inversion.op.with_shapes((given,), gave).with_sizes(sizes))
-            key = inversion.key(given, gave)
+                inversion.settle(inversion.op.with_shapes(given, gave).with_sizes(sizes))
+            key = inversion.key(given[0], gave)
             needed.add((name, key))
             if key not in inversion.factors:
                 # Factors outlive the call: outside of inference mode, autograd may use them.

@@ -30,6 +30,9 @@ def trace_symbolically(view: nn.Module) -> fx.Graph:
         graph = _Tracer().trace(scratch)
     for node in graph.nodes:  # else a module of the graph would wrap the function for all of fx
         node.meta.pop("is_wrapped", None)
+        if getattr(node.target, "__globals__", None) is vars(fx._symbolic_trace):
+            # A function of torch that an attribute held names itself by what stands in for it.
+            node.target = node.target.__wrapped__  # type: ignore[union-attr]
     keep_constants(graph, scratch, view)
     return graph
 

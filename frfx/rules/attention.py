@@ -24,10 +24,12 @@ from frfx.rules.base import (
     check_iteration,
     report_convergence,
 )
-from frfx.rules.bilinear import matmul_labels, solve_contraction
+from frfx.rules.bilinear import held_damping, matmul_labels, solve_contraction
 
 _OPERANDS = ("query", "key", "value")
 _MASKS = ("attn_mask", "key_padding_mask")
+_WEIGHING = ("query", "key", *_MASKS)
+"""What the weights are made of."""
 
 
 def _not_attention(op: Op) -> str | None:
@@ -57,7 +59,8 @@ class HeldWeights(Inversion):
     def __init__(self, op: Op, rule: AffineRule) -> None:
         super().__init__()
         self.op = op
-        self.rcond, self.damping = rule.rcond, rule.damping or 0.0
+        self.rcond = rule.rcond
+        self.damping = held_damping(rule.damping, op, _WEIGHING, rule.rcond)
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         values = dict(zip(self.op.inputs, inputs, strict=True))
@@ -109,7 +112,8 @@ class AttentionRule(AffineRule):
 
     Attributes:
         rcond: Singular values up to this share of their head's largest count as zero.
-        damping: Tikhonov's parameter relative to the squared largest singular value of each head.
+        damping: Tikhonov's parameter relative to the squared largest singular value of each head;
+            None for 1e-2, or for 0 if the layer reaches neither query nor key or an rcond is given.
     """
 
     equation = "Eq. 4 with the weights held"
@@ -157,9 +161,10 @@ class HeldMultiheadWeights(Inversion):
             path = self.path(values)
             residual = self.by_sample((target[0] - output[0]).to(path.weights.dtype)).flatten(1)
             shift: Tensor | float = 0.0
-            if self.rule.damping:
+            damping = held_damping(self.rule.damping, self.op, _WEIGHING)
+            if damping:
                 largest = largest_singular_value(path.mv, path.rmv, residual)
-                shift = self.rule.damping * largest.square()
+                shift = damping * largest.square()
             deviation, self._convergence = cgls(
                 path.mv,
                 path.rmv,
@@ -249,7 +254,7 @@ class MultiheadAttentionRule(Rule):
 
     Attributes:
         damping: Tikhonov's parameter relative to the squared largest singular value of a sample's
-            A, which the power method estimates from below; None for 0.
+            A, which the power method estimates from below; None as in `AttentionRule`.
         tolerance: Bound on the residual of the normal equations, relative by sample.
         max_steps: Bound on the steps of the conjugate gradients.
         unconverged: What to do about samples that they have not solved: ``"warn"``, ``"raise"`` or

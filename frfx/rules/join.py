@@ -56,9 +56,9 @@ def _places(op: Op) -> tuple[str, ...]:
 
 def _joins(op: Op) -> str | None:
     """Return why an op is no join of activations with other tensors, or None."""
-    if "tensors" not in op.arguments:
+    if "tensors" not in op.arguments and op.inputs.keys() != {"tensors"}:
         return "what it joins is computed in the graph, not written as a sequence"
-    if not op.inputs.keys() <= set(_places(op)):
+    if op.inputs.keys() != {"tensors"} and not op.inputs.keys() <= set(_places(op)):
         return f"it is applied to {', '.join(op.inputs.values())}, not to a sequence of tensors"
     if "dim" in op.computed:
         return "its dim is computed in the graph, not read from the model"
@@ -68,13 +68,13 @@ def _joins(op: Op) -> str | None:
 @register_rule(vocabulary.cat)
 @dataclass(frozen=True)
 class CatRule(Rule):
-    """Concatenation: every free input is its slice of the target."""
+    """Concatenation: every free input is its slice of the target; of a tuple, every part."""
 
     equation = "exact"
 
     def supports(self, op: Op) -> str | None:
         reason = _joins(op)
-        if reason is not None:
+        if reason is not None or "tensors" in op.inputs:
             return reason
         places = _places(op)
         for name in op.free:
@@ -88,7 +88,42 @@ class CatRule(Rule):
         return None
 
     def build(self, op: Op) -> Inversion:
-        return CatInversion(op)
+        return PartsOfCat(op.arguments["dim"]) if "tensors" in op.inputs else CatInversion(op)
+
+
+class PartsOfCat(Inversion):
+    """The slices of the target as a tuple, for the concatenation of a tuple.
+
+    Args:
+        dim: Along which it is concatenated.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(  # type: ignore[override]
+        self, target: Tensor, output: Tensor, *inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        (parts,) = inputs
+        return target.split([part.shape[self.dim] for part in parts], self.dim)
+
+
+class PartsOfStack(Inversion):
+    """The entries of the target as a tuple, for a stacked tuple.
+
+    Args:
+        dim: Along which it is stacked.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(  # type: ignore[override]
+        self, target: Tensor, output: Tensor, *inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        return target.unbind(self.dim)
 
 
 class StackInversion(Inversion):
@@ -121,6 +156,8 @@ class StackRule(Rule):
         return _joins(op)
 
     def build(self, op: Op) -> Inversion:
+        if "tensors" in op.inputs:
+            return PartsOfStack(op.arguments["dim"])
         places = _places(op)
         return StackInversion(op.arguments["dim"], tuple(places.index(name) for name in op.free))
 

@@ -45,7 +45,7 @@ class SumInversion(Inversion):
         residual = target - output
         free = [(x, c) for x, c in zip(inputs, self.coefficients, strict=True) if c is not None]
         dims = [copied_dims(x, residual) for x, _ in free]
-        counts = [math.prod(residual.shape[d] for d in copied) for copied in dims]
+        counts = [math.prod([residual.shape[d] for d in copied]) for copied in dims]
         squares = [c * c * count for (_, c), count in zip(free, counts, strict=True)]
         largest = sum(squares)
         shared = sorted({d for copied in dims for d in copied})
@@ -61,7 +61,7 @@ class SumInversion(Inversion):
 
     def _inverse(self, square: float, largest: float) -> float:
         """Return the damped inverse of an eigenvalue of `A A^T`, or zero if it is cut off."""
-        if not math.sqrt(square) > self.rcond * math.sqrt(largest) or square == 0:
+        if not square > max(self.rcond, 0.0) ** 2 * largest:
             return 0.0
         return 1 / (square + self.damping * largest)
 

@@ -633,3 +633,21 @@ def test_tracing_leaves_fx_as_it_is():
     assert fx._symbolic_trace._wrapped_fns_to_patch == wrapped
     assert not hasattr(F.avg_pool2d, "__wrapped__")
     assert not hasattr(torch.zeros, "__wrapped__")
+
+
+class Chosen(nn.Module):
+    """Calls functions of torch that it has kept: in an attribute, a default, a partial."""
+
+    def __init__(self):
+        super().__init__()
+        self.activation = F.relu
+        self.last = functools.partial(F.leaky_relu, negative_slope=0.1)
+
+    def forward(self, x, pool=F.adaptive_avg_pool2d):
+        return self.last(pool(self.activation(x), 2))
+
+
+def test_functions_that_were_kept_are_those_of_torch():
+    traced = frfx.invert(Chosen(), "relu").traced
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert targets == [F.relu, F.adaptive_avg_pool2d, F.leaky_relu]

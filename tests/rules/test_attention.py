@@ -68,7 +68,7 @@ def test_the_value_path_of_dot_product_attention(case, aten):
     )
     output = call(q, k, v, **case)
     assert relative(output, held @ v) < 1e-13  # the oracle's weights are those of the op
-    found = solve(AttentionRule(), op, target, output, q, k, v)
+    found = solve(AttentionRule(damping=0.0), op, target, output, q, k, v)
     expected = minimal_affine_preimage(lambda v: held @ v, v, target)
     assert relative(found, expected) < 1e-9
 
@@ -87,7 +87,7 @@ def test_a_value_that_heads_or_samples_have_in_common(shapes):
     held = weights_of(q, k)
     target = normal(3, *(held @ v).shape)
     op = bound(F.scaled_dot_product_attention, SDPA, 3)
-    found = solve(AttentionRule(), op, target, held @ v, q, k, v)
+    found = solve(AttentionRule(damping=0.0), op, target, held @ v, q, k, v)
     assert relative(found, minimal_affine_preimage(lambda v: held @ v, v, target)) < 1e-9
 
 
@@ -107,7 +107,7 @@ def test_grouped_queries(heads):
 
     assert relative(call(q, k, v), path(v)) < 1e-13
     op = bound(call, SDPA, 3)
-    found = solve(AttentionRule(), op, target, call(q, k, v), q, k, v)
+    found = solve(AttentionRule(damping=0.0), op, target, call(q, k, v), q, k, v)
     assert relative(found, minimal_affine_preimage(path, v, target)) < 1e-9
 
 
@@ -119,7 +119,7 @@ def test_queries_that_attend_to_nothing_ask_for_nothing():
     assert torch.equal(output[:, 1], torch.zeros(2, 6, dtype=torch.float64))
     target = normal(3, 2, 3, 6)
     op = bound(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask), SDPA, 3)
-    found = solve(AttentionRule(), op, target, output, q, k, v)
+    found = solve(AttentionRule(damping=0.0), op, target, output, q, k, v)
     others = torch.tensor([0, 2])
     held = weights_of(q[:, others], k)
     expected = minimal_affine_preimage(lambda v: held @ v, v, target[:, others])
@@ -131,7 +131,7 @@ def test_a_mask_that_comes_with_the_samples():
     mask = normal(4, 2, 3, 4)
     op = bound(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m), SDPA, 4)
     held = weights_of(q, k, mask)
-    found = solve(AttentionRule(), op, target, held @ v, q, k, v, mask)
+    found = solve(AttentionRule(damping=0.0), op, target, held @ v, q, k, v, mask)
     assert relative(found, minimal_affine_preimage(lambda v: held @ v, v, target)) < 1e-9
 
 
@@ -139,7 +139,7 @@ def test_queries_of_the_model():
     q, k, v, target = normal(0, 1, 3, 5), normal(1, 2, 4, 5), normal(2, 2, 4, 6), normal(3, 2, 3, 6)
     op = bound(lambda k, v, q: F.scaled_dot_product_attention(q, k, v), SDPA, 2, q=q)
     held = weights_of(q, k)
-    found = solve(AttentionRule(), op, target, held @ v, k, v)
+    found = solve(AttentionRule(damping=0.0), op, target, held @ v, k, v)
     assert relative(found, minimal_affine_preimage(lambda v: held @ v, v, target)) < 1e-9
 
 
@@ -153,7 +153,7 @@ def test_low_precision(dtype):
     output = F.scaled_dot_product_attention(q, k, v)
     target = normal(3, 2, 3, 4).float()
     op = bound(F.scaled_dot_product_attention, SDPA, 3)
-    found = solve(AttentionRule(), op, target, output, q, k, v)
+    found = solve(AttentionRule(damping=0.0), op, target, output, q, k, v)
     held = weights_of(q.double(), k.double()).numpy()
     residual = (target - output).double().numpy()
     assert found.dtype == torch.float32
@@ -172,7 +172,7 @@ def test_the_forward_output_as_target_leaves_the_value(several):
         q, k, v = normal(0, 2, 3, 5), normal(1, 2, 6, 5), normal(2, 2, 6, 4)
         output = F.scaled_dot_product_attention(q, k, v)
         op = bound(F.scaled_dot_product_attention, SDPA, 3)
-        assert torch.equal(solve(AttentionRule(), op, output, output, q, k, v), v)
+        assert torch.equal(solve(AttentionRule(damping=0.0), op, output, output, q, k, v), v)
 
 
 # --- multi-head attention ---
@@ -256,7 +256,7 @@ MASKS = {
 }
 
 
-EXACT = MultiheadAttentionRule(tolerance=1e-13, max_steps=100_000)
+EXACT = MultiheadAttentionRule(damping=0.0, tolerance=1e-13, max_steps=100_000)
 
 
 def is_well_conditioned(held):
@@ -329,13 +329,30 @@ def test_damping_and_singular_projections(seed, dead):
     assert np.abs(gradient - shift * deviation).max() <= 1e-9 * (1 + np.abs(gradient).max())
 
 
+@pytest.mark.parametrize("held", [(), ("query",), ("query", "key")], ids=str)
+def test_damped_where_the_weights_would_move(held):
+    damping = 0.0 if len(held) == 2 else 1e-2
+    q, k, v, target = (normal(i, 2, 3, 4) for i in range(4))
+    output = F.scaled_dot_product_attention(q, k, v)
+    op = bound(F.scaled_dot_product_attention, SDPA, 3, held=held)
+    found = solve(AttentionRule(), op, target, output, q, k, v)
+    expected = solve(AttentionRule(damping=damping), op, target, output, q, k, v)
+    assert torch.equal(found, expected)
+    module = attention(4, 2, batch_first=True)
+    output = module(q, k, v)
+    op = bound(Call(module), MHA, 3, held=held)
+    found = solve(MultiheadAttentionRule(), op, (target, None), output, q, k, v)
+    rule = MultiheadAttentionRule(damping=damping)
+    assert torch.equal(found, solve(rule, op, (target, None), output, q, k, v))
+
+
 @pytest.mark.parametrize("unconverged", ["warn", "raise", "ignore"])
 def test_what_is_not_solved_is_told(unconverged):
     module = attention(6, 2, batch_first=True)
     x, target = normal(10, 2, 4, 6), normal(11, 2, 4, 6)
     output = module(x, x, x)
     op = bound(Call(module), MHA, 1)
-    inversion = MultiheadAttentionRule(max_steps=2, unconverged=unconverged).build(op)
+    inversion = MultiheadAttentionRule(damping=0.0, max_steps=2, unconverged=unconverged).build(op)
     inversion((target, output[1]), output, x, x, x)
     if unconverged == "ignore":
         inversion.check_convergence()

@@ -43,6 +43,11 @@ FAMILIES = {
     "mean": (lambda x: x.mean((2, 3)), (3, 5, 4)),
     "reshape": (nn.Flatten(), (3, 5, 4)),
     "permute": (lambda x: x.permute(0, 2, 1), (3, 5)),
+    "class token": (lambda x: torch.cat([x.new_zeros(x.size(0), 1, 3), x], 1), (3, 3)),
+    "slice": (lambda x: x[:, 1:, ::2], (3, 5)),
+    "indices": (lambda x: x[:, [2, 0, 2]], (3, 5)),
+    "expand": (lambda x: x.expand(-1, 3, 5), (1, 5)),
+    "roll": (lambda x: x.roll((1, -1), (1, 2)), (3, 5)),
     "softmax": (nn.Softmax(1), (5,)),
 }
 

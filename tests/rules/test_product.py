@@ -10,7 +10,7 @@ import torch
 from branches import answer, least_deviations, op_of
 from hypothesis import example, given
 from hypothesis import strategies as st
-from oracles import minimal_affine_preimage, normal, reconstruct, relative
+from oracles import invert, minimal_affine_preimage, normal, reconstruct, relative
 
 import frfx
 from frfx import vocabulary
@@ -271,6 +271,22 @@ def test_an_activation_that_parameters_broadcast(function, shape):
     policy = frfx.policy.minimal(damping=0.3)
     (expected,) = least_deviations(lambda x: function(x[None], w)[0], [x[0]], target[0], 0.3)
     assert relative(reconstruct(function, x, target, policy, w=w)[0], expected) < 1e-13
+
+
+SIZES = {
+    "x * x.size(1) ** -0.5": lambda x: x * x.size(1) ** -0.5,
+    "x / x.shape[-1]": lambda x: x / x.shape[-1],
+    "x.size(2) // 2 * x": lambda x: x.size(2) // 2 * x,
+}
+
+
+@pytest.mark.parametrize("function", SIZES.values(), ids=SIZES)
+def test_factors_computed_from_sizes(function):
+    inverse = invert(function)
+    for shape in ((2, 3, 4), (2, 5, 6), (1, 3, 4)):
+        x, target = normal(0, *shape), normal(1, *shape)
+        expected = minimal_affine_preimage(function, x, target)
+        assert relative(inverse(x, target), expected) < 1e-13
 
 
 def test_a_row_of_zeros_keeps_what_it_broadcasts():

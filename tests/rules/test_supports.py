@@ -69,10 +69,6 @@ COMPILED = {
         lambda x: torch.adaptive_max_pool1d(x, 2)[0],
         "it returns the indices beside the values",
     ),
-    "max_pool of two activations": (
-        lambda x: F.max_pool2d(x, 2, padding=x),
-        "it is applied to x, x, not to one activation",
-    ),
     # Averages
     "mean of all": (lambda x: x.mean(), f"it averages over the batch, so {BATCH}"),
     "mean of the batch": (lambda x: x.mean((0, 1)), f"it averages over the batch, so {BATCH}"),
@@ -104,8 +100,6 @@ COMPILED = {
     ),
     "active dropout2d": (lambda x: F.dropout2d(x), "it drops at random in evaluation mode, too"),
     # Arithmetic
-    "x + tanh x": (lambda x: x + torch.tanh(x), "it merges x, tanh: a branch"),
-    "read twice": (lambda x: x + torch.tanh(x), "read by several ops (tanh, add): a branch"),
     "computed operand": (
         lambda x, w: x * w.exp(),
         "its other operand is computed in the graph, not read from the model",
