@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import frfx
+from frfx import metrics
 
 console = Console(width=150)
 
@@ -50,14 +51,13 @@ QUICK = [
     "vit_b_32",
 ]
 
-LAYERWISE: dict[str, Any] = {}
-JOINT: dict[str, Any] = {"steps": 6, "classes": 4, "unreached": "ignore"}
+LAYERWISE: dict[str, Any] = {"margin": 3.0}
+JOINT: dict[str, Any] = {"margin": 0.1, "steps": 6, "classes": 4, "unreached": "ignore"}
+"""Options of the policies; margins are in standard deviations of the logits."""
+
 LARGE: dict[str, Any] = {"solver": "iterative", "damping": 1e-2}
 """For the linear layers of networks with one of more than 2,048 inputs and outputs, whose factor
 would take a minute."""
-
-MARGIN = 0.1
-"""By how much a label wins, in standard deviations of the logits."""
 
 
 class Clock:
@@ -77,13 +77,13 @@ def clocked() -> Iterator[Clock]:
 
 def policies(model: nn.Module, logits: Tensor) -> dict[str, frfx.policy.Policy]:
     """Return what is compared."""
-    margin = MARGIN * float(logits.std())
-    layerwise = frfx.policy.minimal(margin=margin, **LAYERWISE)
+    scale = float(logits.std())
+    layerwise = frfx.policy.minimal(**LAYERWISE | {"margin": LAYERWISE["margin"] * scale})
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if max((min(module.weight.shape) for module in linear), default=0) > 2048:
         layerwise = layerwise.override(op=nn.Linear, **LARGE)
     constraint = "inequality" if logits.ndim == 2 else "equality"
-    joint = frfx.policy.joint(margin=margin, constraint=constraint, **JOINT)
+    joint = frfx.policy.joint(constraint=constraint, **JOINT | {"margin": JOINT["margin"] * scale})
     return {"layerwise": layerwise, "joint": joint}
 
 
@@ -93,7 +93,6 @@ def shown(name: str, options: dict[str, Any]) -> str:
 
 
 SETTINGS = {
-    "margin": MARGIN,
     "layerwise": shown("frfx.policy.minimal", LAYERWISE),
     "joint": shown("frfx.policy.joint", JOINT),
     "notes": [
@@ -168,9 +167,9 @@ def invert(
                 inverse.prepare.ready(x)
             found["prepare_s"] = clock.seconds
             with clocked() as clock:
-                inverse(x, y)
+                nodes = inverse.reconstruct(x, y)
             found["inverse_s"] = clock.seconds
-            found |= judge(inverse, x, y)
+            found |= numbers(inverse, metrics.judge(inverse, nodes, x, y))
         except Exception as error:  # whatever it is, the others go on
             found["error"] = f"{type(error).__name__}: {error}"
             found["traceback"] = traceback.format_exc()
@@ -178,9 +177,8 @@ def invert(
     return found | {"warnings": dict(counts)}
 
 
-def judge(inverse: frfx.Inverse, x: Tensor, y: Tensor) -> dict[str, Any]:
+def numbers(inverse: frfx.Inverse, found: frfx.Measurement) -> dict[str, Any]:
     """Return the three numbers of a reconstruction; of a joint one, what its logits miss."""
-    found = frfx.measure(inverse, x, y)
     numbers: dict[str, Any] = {
         "consistency": found.label_consistency,
         "deviation": found.relative_deviation,
@@ -264,7 +262,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="One small network of every family.")] = False,
     again: Annotated[bool, typer.Option(help="Measure what is recorded, too.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Networks at once, a thread each.")] = 2,
-    limit: Annotated[float, typer.Option(help="Seconds for one network.")] = 300,
+    limit: Annotated[float, typer.Option(help="Seconds for one network.")] = 600,
     seed: int = 0,
 ) -> None:
     """Invert torchvision's networks to four depths, layer by layer and jointly."""

@@ -29,7 +29,7 @@ a network has no norms (AlexNet, SqueezeNet, VGG), its layers are scaled and shi
 *Image* is the side of the smallest one that leaves every stage a pixel, or that the network takes.
 
 **Targets.** One label an image, drawn at random from all classes whatever the network says (for
-segmentation: at every pixel), to win by a margin of {margin:g} standard deviations of the logits.
+segmentation: at every pixel). Margins are in standard deviations of the logits.
 
 **Cuts.** The stem, and the places that lie nearest to 1/4, 1/2 and 3/4 of the convolutions, linear
 ops and attentions; each the last node before the next such op, on every path through the network
@@ -54,7 +54,6 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         torch=first["torch"],
         torchvision=first["torchvision"],
         found=len(records),
-        margin=settings["margin"],
         layerwise=settings["layerwise"],
         joint=settings["joint"],
         notes="".join(f"{note}\n" for note in settings["notes"]),

@@ -68,7 +68,7 @@ def invert(
         check_batch(example_input)
     traced = trace(evaluation_view(model), example_input, output)
     if example_input is not None:
-        check_batch(example_input, traced.batch)
+        check_batch(example_input, traced.sizes)
     network = Network(traced)
     tail = network.tail(network.find(upto_layer))
     shapes = None if example_input is None else run_forward(traced, example_input).shapes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from frfx.compiler.inverse import Inverse
+from frfx.compiler.inverse import Inverse, Reconstruction
 from frfx.compiler.trace import Traced
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -108,9 +108,8 @@ class Measurement:
         return "\n".join(lines)
 
 
-@torch.no_grad()
 def measure(inverse: Inverse, x: Tensor, labels: Tensor) -> Measurement:
-    """Judge the reconstructions of a batch.
+    """Reconstruct a batch and judge it.
 
     Args:
         inverse: What `frfx.invert` returned.
@@ -123,7 +122,22 @@ def measure(inverse: Inverse, x: Tensor, labels: Tensor) -> Measurement:
     Raises:
         InputError, TargetError, NonFiniteError: As a call of the inverse does.
     """
-    nodes = inverse.reconstruct(x, labels)
+    return judge(inverse, inverse.reconstruct(x, labels), x, labels)
+
+
+@torch.no_grad()
+def judge(inverse: Inverse, nodes: Reconstruction, x: Tensor, labels: Tensor) -> Measurement:
+    """Judge a reconstruction that is there already.
+
+    Args:
+        inverse: What `frfx.invert` returned.
+        nodes: What its `reconstruct` returned for the batch and the labels.
+        x: The input batch.
+        labels: As `measure` takes them.
+
+    Returns:
+        Label consistency, relative deviation and the residual at every node.
+    """
     feature = nodes[inverse.layer]
     traced, tail = inverse.traced, inverse.plan.tail
     consistent = None

@@ -229,7 +229,7 @@ class Op:
         sizes = tuple(value)
         return sizes * dims if len(sizes) == 1 else sizes
 
-    def with_shapes(self, input_shapes: tuple[Shape, ...], output_shape: Shape) -> Op:
+    def with_shapes(self, input_shapes: tuple[Shape, ...], output_shape: Shape | None) -> Op:
         """Return this op with its shapes known."""
         return replace(self, input_shapes=input_shapes, output_shape=output_shape)
 

@@ -213,14 +213,21 @@ class _Planner:
     def link(self, start: fx.Node, end: fx.Node) -> None:
         """Invert what lies between two neighbours that all paths lead through."""
         inside = between(self._network, start, end)
-        op = self._bind(end, {start, *inside})
-        branches = len(op.free) > 1 or inside
-        if branches and self._policy.branches_at(op) == "region":
+        nodes = [n for n in self._network.traced.graph.nodes if n in inside] + [end]
+        branches = not self._is_path(start, nodes)
+        if branches and self._policy.branches_at(self._bind(end, {start, *inside})) == "region":
             self._add(*region(self._network, start, end)[:2])
         else:
-            nodes = (node for node in self._network.traced.graph.nodes if node in inside)
-            for node in (end, *reversed(tuple(nodes))):
+            for node in reversed(nodes):
                 self._op(node, {start, *inside})
+
+    def _is_path(self, start: fx.Node, nodes: list[fx.Node]) -> bool:
+        """Tell whether one op leads to the next, as from a tuple to the one part that is used."""
+        reads_one = all(len(self._bind(node, {start, *nodes}).free) == 1 for node in nodes)
+        within = [
+            set(nodes).intersection(self._network.flow.successors(n)) for n in (start, *nodes)
+        ]
+        return reads_one and all(len(readers) <= 1 for readers in within)
 
     def _op(self, node: fx.Node, reached: set[fx.Node]) -> None:
         """Invert one op by its rule, if there is a target for it."""
@@ -283,9 +290,9 @@ def _with_shapes(
     shapes: Mapping[fx.Node, Shape] | None,
 ) -> Op:
     """Return the op with its shapes, as far as they are known."""
-    if node is None or shapes is None or not shapes.keys() >= {node, *inputs}:
+    if node is None or shapes is None or not shapes.keys() >= set(inputs):
         return op
-    return op.with_shapes(tuple(shapes[source] for source in inputs), shapes[node])
+    return op.with_shapes(tuple(shapes[source] for source in inputs), shapes.get(node))
 
 
 def _problem(op: Op, reason: str, rule: Rule | None, remedy: str | None = None) -> UnsupportedOp:

@@ -216,6 +216,7 @@ _enter(vocabulary.hardtanh, preimage.identity, preimage.hardtanh_range, attained
 _enter(vocabulary.hardsigmoid, preimage.hardsigmoid, (0, 1), attained=True)
 
 # Several preimages.
+_enter(vocabulary.absolute, preimage.absolute, (0, math.inf), attained=True)
 _enter(vocabulary.softplus, preimage.softplus, preimage.softplus_range)
 _enter(vocabulary.leaky_relu, preimage.leaky_relu)
 _enter(vocabulary.sin, preimage.sin, (-1, 1), attained=True, principle="minimal")

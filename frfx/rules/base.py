@@ -27,9 +27,13 @@ class Inversion(nn.Module, abc.ABC):
 
     Attributes:
         solver: What it solves with, for the summary.
+        reason: What else the summary says of it.
+        partial: Whether it may answer for some entries of its input only, as `share` tells.
     """
 
     solver = "closed form"
+    reason = ""
+    partial = False
 
     def check_convergence(self) -> None:
         """Warn or raise, as asked, if the last solve has left samples unsolved.
