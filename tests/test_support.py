@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 import torch
 from networks_zoo import snapshot
-from oracles import Apply, invert, minimal_affine_preimage, nearest_crossing, normal, relative
+from oracles import (
+    Apply,
+    invert,
+    minimal_affine_preimage,
+    nearest_crossing,
+    normal,
+    relative,
+    window_distance,
+)
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18, swin_transformer
@@ -176,11 +184,21 @@ ELEMENTWISE = {
     "gelu": (F.gelu, {}),
     "mish": (F.mish, {}),
     "hardswish": (F.hardswish, {}),
+    "abs": (torch.abs, {}),
     "sin": (torch.sin, {}),
     "sinh": (torch.sinh, {}),
     "asinh": (torch.asinh, {}),
 }
 """A function of single entries, and its parameters."""
+
+
+EXTREME = {
+    "max": lambda x: x.max(1)[0],
+    "min": lambda x: x.min(1)[0],
+    "amax": lambda x: x.amax(1),
+    "amin": lambda x: x.amin(1),
+}
+"""The largest or smallest entry of every row."""
 
 
 @pytest.mark.parametrize("name", AFFINE)
@@ -215,6 +233,17 @@ def test_exact_elementwise_ops_are_exact(name):
             assert abs(at - start) <= nearest_crossing(grid, values, target, start) + 1e-6
 
 
+@pytest.mark.parametrize("name", EXTREME)
+def test_exact_extremes_are_exact(name):
+    """The target is met, at the least distance that trying every entry finds."""
+    function, x, target = EXTREME[name], normal(9, 30, 4), normal(10, 30)
+    found = invert(function, frfx.policy.minimal(branches="rules"))(x, target)
+    assert torch.equal(function(found), target)
+    sign = 1 if "max" in name else -1
+    for row, wanted, at in zip(x.numpy(), target.tolist(), found.numpy(), strict=True):
+        assert np.linalg.norm(at - row) <= window_distance(sign * row, sign * wanted) + 1e-12
+
+
 def rule_of(op: str) -> Rule:
     """Return the rule of an op under `minimal`, by the op's name."""
     kind = next(kind for kind, _, _ in registry.default.entries() if kind.name == op)
@@ -227,7 +256,8 @@ def test_whatever_is_called_exact_is_tested_here():
     ours = {kind.name for kind in vars(vocabulary).values() if isinstance(kind, ops.OpType)}
     kinds = {kind.name for kind, _, _ in registry.default.entries()} & ours
     exact = {name for name in kinds if rule_of(name).accuracy == "exact"}
-    assert exact <= {*AFFINE, *ELEMENTWISE}
+    tested = {*AFFINE, *ELEMENTWISE, *EXTREME}
+    assert exact <= tested
     assert {
         n for n in (*AFFINE, *ELEMENTWISE) if not rule_of(n).accuracy.startswith("exact")
     } == set()

@@ -53,6 +53,7 @@ class ExtremumRule(Rule):
     """`min(x^, y*)` with y* at the (first) largest entry; mirrored for the smallest."""
 
     equation = "the minimal deviation principle (Sec. 3.2)"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "dim", "keepdim")
