@@ -99,6 +99,11 @@ class Policy:
         chosen = [change.branches for change in self._changes(op) if change.branches is not None]
         return chosen[-1] if chosen else self.branches
 
+    def rule_at(self, op: Op) -> Rule | None:
+        """Return the rule that the node itself has been given, if any."""
+        change = self.by_node.get(op.path) or self.by_node.get(op.name)
+        return None if change is None else change.rule
+
     def _changes(self, op: Op) -> list[Override]:
         """Return the overrides for an op, the strongest last."""
         by_op = self.by_op.get(op.type.name) if op.type else None

@@ -15,6 +15,7 @@ from frfx.compiler.bind import bind, op_type
 from frfx.compiler.regions import (
     Region,
     between,
+    branches,
     joint_regions,
     links,
     region,
@@ -84,8 +85,14 @@ class Plan:
             sizes: What the nodes that compute with sizes have given, by name.
 
         Raises:
+            LayerError: If the layer is no tensor.
             UnsupportedOpsError: If some rules cannot invert their ops as they are.
         """
+        if self.tail.cut not in shapes:
+            raise LayerError(
+                f"layer {self.tail.cut.name!r} is no tensor: name what it is made of, or what is "
+                "made of it"
+            )
         problems = []
         for step in self.steps:
             op = _with_shapes(step.op, step.node, step.inputs, shapes).with_sizes(sizes)
@@ -189,13 +196,22 @@ class _Planner:
         """Invert what lies between two neighbours that all paths lead through."""
         inside = between(self._network, start, end)
         op = self._bind(end, {start, *inside})
-        branches = len(op.free) > 1 or inside
-        if branches and self._policy.branches_at(op) == "region":
-            self._add(*region(self._network, start, end)[:2])
+        if branches(self._network, start, end) and self._policy.branches_at(op) == "region":
+            self._region(op, start, end)
         else:
             nodes = (node for node in self._network.traced.graph.nodes if node in inside)
             for node in (end, *reversed(tuple(nodes))):
                 self._op(node, {start, *inside})
+
+    def _region(self, op: Op, start: fx.Node, end: fx.Node) -> None:
+        """Invert all between two neighbours on the chain at once."""
+        rule = self._policy.rule_at(op)
+        if rule is not None and not isinstance(rule, RegionRule):
+            reason = "a region ends in it, and the policy gives it a rule for the op alone"
+            remedy = f'policy.override(node={op.path!r}, rule=..., branches="rules")'
+            self._problems.append(_problem(op, reason, rule, remedy))
+        else:
+            self._add(*region(self._network, start, end)[:2])
 
     def _op(self, node: fx.Node, reached: set[fx.Node]) -> None:
         """Invert one op by its rule, if there is a target for it."""
@@ -204,12 +220,19 @@ class _Planner:
         )
         if node not in self.answered:
             return
+        op = self._bind(node, reached)
         if is_part:  # the walk puts the parts of a tuple together itself
             self.answered.add(node.all_input_nodes[0])
+            if not isinstance(node.args[1], int):
+                reason = "it takes several parts of a tuple at once"
+                remedy = (
+                    'take them one by one, or solve the branches as a region: branches="region"'
+                )
+                self._problems.append(_problem(op, reason, None, remedy))
             return
-        op = self._bind(node, reached)
         sources = {op.inputs[name] for name in op.free}
-        if len(sources) == 1 and isinstance(self._policy.rule_for(op), RegionRule):
+        one = len(sources) == 1 and not returns_several(self._network, node)
+        if one and isinstance(self._policy.rule_for(op), RegionRule):
             op, *_ = region(self._network, self._by_name[sources.pop()], node)
         self._add(op, node)
 
