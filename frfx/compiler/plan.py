@@ -136,7 +136,6 @@ def make_plan(
             planner.link(start, end)
     planner.fail_if_unsupported()
     names = {name for step in planner.steps for name in (step.op.path, step.op.name)}
-    policy.check_nodes(names, {network.traced.paths[node] for node in tail.nodes})
     for op, end, inputs in joint:
         assert policy.joint is not None
         rule = JointRule(policy.joint, network.traced.batch)
@@ -147,6 +146,7 @@ def make_plan(
             f"no rule answers for {network.traced.paths[tail.cut]!r}: whatever reads it holds it "
             'at its forward value. Cut elsewhere, or take branches="region"'
         )
+    policy.check_nodes(names, {network.traced.paths[node] for node in tail.nodes})
     beyond = [op_type(node, network.traced.root) for node in above.nodes if node in network.heads]
     return Plan(
         tuple(planner.steps),
@@ -188,9 +188,9 @@ class _Planner:
                 if op.type is vocabulary.argmax:  # of what reads the logits; they are embedded
                     embedding = (replace(op, inputs={"input": tail.logits.name}), node)
                 else:
-                    self._add(op, node, passes_labels=True)
+                    self._add(op, node, self._policy.rule_for(op), passes_labels=True)
         if embeds:  # else a joint region takes the labels
-            self._add(*embedding, passes_labels=True)
+            self._add(*embedding, self._policy.rule_for(embedding[0]), passes_labels=True)
 
     def link(self, start: fx.Node, end: fx.Node) -> None:
         """Invert what lies between two neighbours that all paths lead through."""
@@ -211,7 +211,8 @@ class _Planner:
             remedy = f'policy.override(node={op.path!r}, rule=..., branches="rules")'
             self._problems.append(_problem(op, reason, rule, remedy))
         else:
-            self._add(*region(self._network, start, end)[:2])
+            op, *_ = region(self._network, start, end)
+            self._add(op, end, self._policy.rule_for(op))
 
     def _op(self, node: fx.Node, reached: set[fx.Node]) -> None:
         """Invert one op by its rule, if there is a target for it."""
@@ -232,17 +233,19 @@ class _Planner:
             return
         sources = {op.inputs[name] for name in op.free}
         one = len(sources) == 1 and not returns_several(self._network, node)
-        if one and isinstance(self._policy.rule_for(op), RegionRule):
+        rule = self._policy.rule_for(op)
+        if one and isinstance(rule, RegionRule):
             op, *_ = region(self._network, self._by_name[sources.pop()], node)
-        self._add(op, node)
+        self._add(op, node, rule)
 
     def _bind(self, node: fx.Node, reached: set[fx.Node]) -> Op:
         op = bind(node, self._network.traced, self._network.live)
         held = {name for name, source in op.inputs.items() if self._by_name[source] not in reached}
         return replace(op, held=frozenset(held))
 
-    def _add(self, op: Op, node: fx.Node | None, *, passes_labels: bool = False) -> None:
-        rule = self._policy.rule_for(op)
+    def _add(
+        self, op: Op, node: fx.Node | None, rule: Rule | None, *, passes_labels: bool = False
+    ) -> None:
         if rule is not None and not passes_labels:
             rule = wait_for_sizes(rule, op)
         inputs = tuple(self._by_name[name] for name in op.inputs.values())
