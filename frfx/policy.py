@@ -136,9 +136,9 @@ class Policy:
                 continue
             if node in inside:
                 raise PolicyError(
-                    f"the policy overrides {node!r}, which has no step of its own: it lies inside of "
-                    "a region, or is held at its forward value. Override the node that the region "
-                    'ends in, or take its ops by their rules: branches="rules"'
+                    f"the policy overrides {node!r}, which has no step of its own: it lies inside "
+                    "of a region, or is held at its forward value. Override the node that the "
+                    'region ends in, or take its ops by their rules: branches="rules"'
                 )
             raise PolicyError(
                 f"the policy overrides {node!r}, which is no node between the layer and the "
