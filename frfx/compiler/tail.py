@@ -262,5 +262,6 @@ class Network:
 
     @property
     def heads(self) -> set[fx.Node]:
-        """The softmax, log-softmax and argmax nodes behind the logits."""
-        return nx.descendants(self.flow, self.logits())
+        """The softmax, log-softmax and argmax nodes behind the logits, up to the output."""
+        behind = nx.descendants(self.flow, self.logits())
+        return behind & (nx.ancestors(self.flow, self.output) | {self.output})
