@@ -15,7 +15,7 @@ from frfx.compiler.plan import Plan, Step
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend
 from frfx.rules.base import AffineInversion, Inversion
-from frfx.rules.combine import fan_out_inverse, limit_deviation, replace_parts
+from frfx.rules.combine import Share, fan_out_inverse, limit_deviation, replace_parts
 from frfx.rules.label import predicted_labels
 from frfx.rules.sized import SizedInversion
 
@@ -73,6 +73,9 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
             inversion.backend = backend
         path = f"inverse.{_add(inversions, step.op.name, inversion)}"
         stages.append(walk.back(step, path, plan.trust_region))
+        if inversion.partial:
+            share = f"inverse.{_add(inversions, f'{step.op.name}_share', Share(inversion))}"
+            walk.partly(step, share)
     cut = walk.copies[plan.tail.cut]
     feature = walk.target(plan.tail.cut)
     graph.output(graph.call_module("finish", (feature, cut)))
@@ -93,6 +96,7 @@ class _Walk:
         self.graph, self.copies = graph, copies
         self._start: fx.Node | None = start
         self._answers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        self._shares: dict[fx.Node, tuple[str, tuple[fx.Node, ...]]] = {}
 
     def target(self, node: fx.Node) -> fx.Node:
         """Return the node that holds the target of a forward node: all answers for it, as one."""
@@ -109,9 +113,19 @@ class _Walk:
             answers, self._start = [self._start], None
         if len(answers) == 1:
             return answers[0]
+        arguments: list[Any] = [self.copies[node], tuple(answers)]
+        if not self._shares.keys().isdisjoint(answers):
+            known = (self._shares.get(answer) for answer in answers)
+            arguments.append(tuple(share and self.graph.call_module(*share) for share in known))
         return self.graph.create_node(
-            "call_function", fan_out_inverse, tuple(answers), name=f"{node.name}_fan_out_inverse"
+            "call_function", fan_out_inverse, tuple(arguments), name=f"{node.name}_fan_out_inverse"
         )
+
+    def partly(self, step: Step, share: str) -> None:
+        """Note that the last step has answered for some entries only, as the module tells."""
+        (node,) = step.reconstructed
+        inputs = tuple(self.copies[source] for source in step.inputs)
+        self._shares[self._answers[node][-1]] = (share, inputs)
 
     def back(self, step: Step, path: str, trust_region: float | None) -> Stage:
         """Write one step, by the module at a path."""
@@ -142,7 +156,7 @@ class _Walk:
         return Stage(step, path, target.name, output.name, names)
 
 
-def _add(inversions: nn.Module, name: str, inversion: Inversion) -> str:
+def _add(inversions: nn.Module, name: str, inversion: Inversion | Share) -> str:
     while hasattr(inversions, name):  # a node may be called like an attribute of modules
         name += "_"
     inversions.add_module(name, inversion)

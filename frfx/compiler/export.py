@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.nn import functional as F
@@ -29,19 +29,20 @@ _VALUES_ONLY: dict[Any, Callable[..., Any]] = {
 """Overloads that return indices beside the values, asked for or not, and the op without them."""
 
 
-def trace_by_export(view: nn.Module, example: Tensor) -> tuple[fx.Graph, int | None]:
+Sizes = tuple[int | None, ...]
+"""The sizes of an input that a graph fits; None for those that may change."""
+
+
+def trace_by_export(view: nn.Module, example: Tensor) -> tuple[fx.Graph, Sizes]:
     """Trace with `torch.export`, and rewrite its lifted parameters as attributes of the view.
 
     Returns:
-        The graph, and the only batch size that it fits; None for all.
+        The graph, and the only sizes of the input that it fits, None for those that may change.
     """
     scratch = scratch_to_trace(view)
     if example.shape[0] == 1:
         example = example.expand(2, *example.shape[1:])  # export takes a size of 1 for a constant
-    sizes = {dim: Dim.AUTO for dim in range(example.ndim) if dim != 1}
-    program = torch.export.export(
-        scratch, (example,), dynamic_shapes=(sizes,), strict=False
-    ).run_decompositions({})
+    program = _export(scratch, example).run_decompositions({})
     graph, signature = program.graph, program.graph_signature
     graph.owning_module = None  # its attributes are the view's from here on
     lifted = {
@@ -49,20 +50,25 @@ def trace_by_export(view: nn.Module, example: Tensor) -> tuple[fx.Graph, int | N
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
+    fresh = {}
     for name, value in program.constants.items():
         if name in lifted.values() and not has_path(scratch, name):
-            scratch.register_buffer(name, value, persistent=False)
-    batch = None
+            fresh[name] = name.replace(".", "_")  # a submodule may have lifted it
+            while hasattr(scratch, fresh[name]):
+                fresh[name] += "_"
+            setattr(scratch, fresh[name], value)  # a buffer would be the model's own
+    sizes: Sizes = ()
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name in lifted:
             with graph.inserting_before(node):
-                attribute = graph.get_attr(lifted[node.name])
+                name = lifted[node.name]
+                attribute = graph.get_attr(fresh.get(name, name))
             attribute.meta.update(node.meta)
             node.replace_all_uses_with(attribute)
             graph.erase_node(node)
         elif node.op == "placeholder":
-            size = node.meta["val"].shape[0]
-            batch = int(size) if is_concrete_int(size) else None
+            shape = node.meta["val"].shape
+            sizes = tuple(int(size) if is_concrete_int(size) else None for size in shape)
         elif node.target is aten._native_batch_norm_legit_no_training.default:
             _restore_batch_norm(graph, node)
         elif node.target in _VALUES_ONLY:
@@ -73,7 +79,22 @@ def trace_by_export(view: nn.Module, example: Tensor) -> tuple[fx.Graph, int | N
             outputs = [value for value, kind in pairs if kind is OutputKind.USER_OUTPUT]
             node.args = (tree_unflatten(outputs, program.call_spec.out_spec),)
     keep_constants(graph, scratch, view)
-    return graph, batch
+    return graph, sizes
+
+
+def _export(scratch: nn.Module, example: Tensor) -> ExportedProgram:
+    """Export for every size of the input that export can reason about, the channels excepted."""
+    images = dict.fromkeys(range(2, example.ndim), Dim.AUTO)
+    try:
+        return _export_for(scratch, example, {0: Dim.AUTO, **images})
+    except Exception:  # arithmetic with the image sizes may be beyond its solvers
+        if not images:
+            raise
+        return _export_for(scratch, example, {0: Dim.AUTO})
+
+
+def _export_for(scratch: nn.Module, example: Tensor, sizes: dict[int, Any]) -> ExportedProgram:
+    return torch.export.export(scratch, (example,), dynamic_shapes=(sizes,), strict=False)
 
 
 def _restore_batch_norm(graph: fx.Graph, node: fx.Node) -> None:

@@ -17,7 +17,7 @@ from frfx.compiler.prepare import Finish, Preparation
 from frfx.compiler.trace import Traced
 from frfx.errors import NonFiniteError
 from frfx.joint import JointInversion, Report
-from frfx.ops import show_shape
+from frfx.ops import Shape, show_shape
 from frfx.rules.base import FactoredInversion, Inversion
 from frfx.view import unlink
 
@@ -73,7 +73,8 @@ class SummaryRow:
         op: The name of its operation.
         rule: The rule that inverts it, with its options.
         solver: What the rule solves with; ``"auto"`` before the first call.
-        reason: Why this solver, where there was a choice; empty before the first call.
+        reason: Why this solver, where there was a choice, or what it solves at once; empty before
+            the first call where that decides.
         shapes: Input and output, without the batch; empty before the first call.
         condition: The condition number of the linear part at the last size used; None for rules
             that solve nothing, and before the first call.
@@ -119,6 +120,10 @@ class Summary(Sequence[SummaryRow]):
         return "\n".join([self.head, *lines])
 
     __repr__ = __str__
+
+
+def _show_shape(shapes: Mapping[fx.Node, Shape], node: fx.Node) -> str:
+    return show_shape(shapes[node]) if node in shapes else "tuple"
 
 
 def _show(condition: float | None) -> str:
@@ -266,8 +271,8 @@ class Inverse(fx.GraphModule):
             spectrum = getattr(factor, "spectrum", None)
             known = ""
             if shapes:
-                ins = ", ".join(show_shape(shapes[node]) for node in step.inputs)
-                out = "label" if step.node is None else show_shape(shapes[step.node])
+                ins = ", ".join(_show_shape(shapes, node) for node in step.inputs)
+                out = "label" if step.node is None else _show_shape(shapes, step.node)
                 known = f"{ins} -> {out}"
             rows.append(
                 SummaryRow(
@@ -275,7 +280,7 @@ class Inverse(fx.GraphModule):
                     step.op.type.name if step.op.type else "",
                     str(step.rule),
                     str(getattr(factor, "solver", None) or inversion.solver),
-                    getattr(factor, "reason", ""),
+                    str(getattr(factor, "reason", "") or inversion.reason),
                     known,
                     None if spectrum is None else spectrum.condition,
                 )

@@ -122,7 +122,7 @@ class Preparation(nn.Module):
             TraceMismatchError: If the graph does not compute what the model computes.
             UnsupportedOpsError: If an op cannot be inverted at these shapes.
         """
-        check_batch(x, self.traced.batch)
+        check_batch(x, self.traced.sizes)
         size = self._size(x)
         self._move_to(x)
         if has_constants(self.traced.root):  # tracing may have computed them from buffers
@@ -306,10 +306,14 @@ def run_forward(traced: Traced, x: Tensor) -> Probed:
 
 
 class _Probe(fx.Interpreter):
-    """Runs the forward graph and records every activation's shape; stops at what is not finite."""
+    """Runs the forward graph and records every activation's shape; stops at what is not finite.
+
+    Minus infinity, which masks of attention write, may pass as long as what follows is finite.
+    """
 
     def __init__(self, traced: Traced) -> None:
         super().__init__(traced.root, graph=traced.graph)
+        self._masks: list[fx.Node] = []
         self.extra_traceback = False  # leaves messages as they are
         self.traced, self.live = traced, live_nodes(traced.graph)
         self.shapes: dict[fx.Node, Shape] = {}
@@ -345,13 +349,17 @@ class _Probe(fx.Interpreter):
     def _check(self, node: fx.Node, value: Tensor) -> None:
         if _is_finite(value):
             return
+        self._masks.append(node)
+        if node is not self.traced.output and not bool((value.isnan() | value.isposinf()).any()):
+            return
+        node = self._masks[0]
         name = self.traced.paths[node]
         if node.op == "call_module":
             module = self.traced.root.get_submodule(str(node.target))
             weights = dict([*module.named_parameters(), *module.named_buffers()])
         else:
             sources = (s for s in node.all_input_nodes if s.op == "get_attr")
-            weights = {source.name: self.env[source] for source in sources}
+            weights = {source.name: self.fetch_attr(str(source.target)) for source in sources}
         bad = [weight for weight, tensor in weights.items() if not _is_finite(tensor)]
         if bad:
             raise NonFiniteError(f"{name!r}: its {' and '.join(bad)} holds NaN or infinity")

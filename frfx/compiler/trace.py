@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frfx.compiler.export import trace_by_export
+from frfx.compiler.export import Sizes, trace_by_export
 from frfx.compiler.functional import functionalize
 from frfx.compiler.names import qualified_names
 from frfx.compiler.outputs import Key, choose_output, follow
@@ -27,7 +27,8 @@ class Traced:
         root: An evaluation view of the model.
         paths: fx node to its name as torchvision's feature extraction spells it.
         front_end: ``"torch.fx"`` or ``"torch.export"``.
-        batch: The only batch size that the graph fits; None for all.
+        sizes: The only sizes of the input that the graph fits, None for those that may change;
+            empty where all may.
         where: The place of its output in what the model returns; empty where that is a tensor.
     """
 
@@ -35,8 +36,13 @@ class Traced:
     root: nn.Module
     paths: dict[fx.Node, str]
     front_end: str
-    batch: int | None = None
+    sizes: Sizes = ()
     where: tuple[Key, ...] = ()
+
+    @property
+    def batch(self) -> int | None:
+        """The only batch size that the graph fits; None for all."""
+        return self.sizes[0] if self.sizes else None
 
     @property
     def input(self) -> fx.Node:
@@ -80,13 +86,13 @@ def trace(
                 "Give example_input, a batch of the model's input, and torch.export will be used."
             ) from error
     try:
-        graph, batch = trace_by_export(view, example_input)
+        graph, sizes = trace_by_export(view, example_input)
     except Exception as error:  # export, too, fails in many ways
         raise TraceError(
             f"{type(view).__name__} can be traced neither by torch.fx ({problem}) nor by "
             f"torch.export ({first_line(error)})"
         ) from error
-    return _finish(graph, view, "torch.export", output, batch)
+    return _finish(graph, view, "torch.export", output, sizes)
 
 
 def _finish(
@@ -94,7 +100,7 @@ def _finish(
     view: nn.Module,
     front_end: str,
     output: Key | None,
-    batch: int | None = None,
+    sizes: Sizes = (),
 ) -> Traced:
     functionalize(graph, view)
     for node in reversed(graph.nodes):
@@ -104,7 +110,7 @@ def _finish(
     where = choose_output(graph, output)
     graph.lint()
     kept = {node: paths[node] for node in graph.nodes}
-    return Traced(graph, view, kept, front_end, batch, where)
+    return Traced(graph, view, kept, front_end, sizes, where)
 
 
 def _fits(traced: Traced, x: Tensor) -> bool:
@@ -129,8 +135,8 @@ def is_output(output: Tensor, traced: Traced, x: Tensor) -> bool:
     return bool(difference <= tolerance * expected.double().norm())
 
 
-def check_batch(x: Any, size: int | None = None) -> None:
-    """Raise `InputError` for what cannot be a batch of inputs, or has not this size."""
+def check_batch(x: Any, sizes: Sizes = ()) -> None:
+    """Raise `InputError` for what cannot be a batch of inputs, or has not these sizes."""
     if not isinstance(x, Tensor):
         raise InputError(f"expected a tensor as the input batch, got {type(x).__name__}")
     if x.is_meta:
@@ -139,9 +145,16 @@ def check_batch(x: Any, size: int | None = None) -> None:
         raise InputError(f"the input batch has dtype {x.dtype}; give a floating-point tensor")
     if x.ndim == 0 or x.shape[0] == 0:
         raise InputError(f"the input batch of shape {tuple(x.shape)} is empty")
-    if size not in (None, x.shape[0]):
+    if sizes and sizes[0] not in (None, x.shape[0]):
         raise InputError(
-            f"torch.export has fixed the batch size of this model to {size}, for its forward reads "
-            f"it as a number, as len(x) does; got a batch of {x.shape[0]}. Read x.shape[0] there "
-            "instead, or give batches of that size"
+            f"torch.export has fixed the batch size of this model to {sizes[0]}, for its forward "
+            f"reads it as a number, as len(x) does; got a batch of {x.shape[0]}. Read x.shape[0] "
+            "there instead, or give batches of that size"
+        )
+    if any(size not in (None, n) for size, n in zip(sizes[2:], x.shape[2:], strict=False)):
+        fixed = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise InputError(
+            f"torch.export has fixed the input of this model to the shape ({fixed}), for it cannot "
+            f"follow what its forward computes from these sizes; got {tuple(x.shape)}. Invert the "
+            "model anew with an example_input of that shape"
         )

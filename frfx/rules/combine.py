@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from frfx.rules.base import Inversion
 
 
-def fan_out_inverse(*answers: Tensor) -> Tensor:
+def fan_out_inverse(
+    forward: Tensor, answers: Sequence[Tensor], shares: Sequence[Tensor | None] = ()
+) -> Tensor:
     """Return `x*` of a feature that several ops read, each of which has answered.
 
     The least-squares solution of the fan-out `x -> (x, ..., x)`, whose pseudo-inverse is the mean.
+    Readers that select entries say how often they read each: with selections A_i, the `A_i^T A_i`
+    are diagonal, and the pseudo-inverse of all together is the mean over those who read an entry.
+
+    Args:
+        forward: `x^`.
+        answers: What each reader has answered.
+        shares: How often each reads every entry; None for once. Empty if all read all.
     """
-    total = answers[0]
-    for answer in answers[1:]:
-        total = total + answer
-    return total / len(answers)
+    total = torch.zeros_like(forward)
+    count: Tensor | float = 0.0
+    for answer, share in itertools.zip_longest(answers, shares):
+        weight = 1 if share is None else share.to(answer.dtype)
+        total = total + weight * (answer - forward)
+        count = count + weight
+    return forward + total / (count.clamp(min=1) if isinstance(count, Tensor) else count)
+
+
+class Share(nn.Module):
+    """Which entries the answer of an inversion speaks for, as a module of the graph.
+
+    Args:
+        inversion: It is registered elsewhere in the graph.
+    """
+
+    def __init__(self, inversion: Inversion) -> None:
+        super().__init__()
+        self._inversion = (inversion,)
+
+    def forward(self, *inputs: Tensor) -> Tensor | None:
+        """Return `inversion.share(*inputs)`."""
+        return self._inversion[0].share(*inputs)
 
 
 def replace_parts(parts: tuple[Tensor, ...], answers: Mapping[int, Tensor]) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from frfx import vocabulary
 from frfx.errors import UnsupportedOp, UnsupportedOpsError
@@ -42,6 +42,9 @@ class RegionInversion(Inversion):
         super().__init__()
         self.op, self.rule = op, rule
         self.solver = f"CGLS, {rule.max_steps} steps at most"
+        assert isinstance(op.module, fx.GraphModule)
+        count = sum(node.op.startswith("call_") for node in op.module.graph.nodes)
+        self.reason = f"a region of {count} ops"
         self._convergence: Convergence | None = None
         self._coupled: dict[Shape, bool] = {}
 
@@ -130,6 +133,8 @@ class RegionRule(Rule):
     """
 
     equation = "Eq. 4, 6 and 7 for the Jacobian of a whole region"
+    accuracy = "approximate: the region is linearised at its forward values, and damped"
+    solvers = ("CGLS",)
     damping: float | None = None
     tolerance: float = _TOLERANCE
     max_steps: int = MAX_STEPS

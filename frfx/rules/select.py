@@ -25,6 +25,8 @@ class ViewInversion(Inversion):
         read: The op, applied to a tensor.
     """
 
+    partial = True
+
     def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.read = read
@@ -64,6 +66,8 @@ class IndexInversion(FactoredInversion):
     Args:
         op: The op that is inverted.
     """
+
+    partial = True
 
     def key(self, input_shape: Shape, output_shape: Shape) -> Shape:
         """Return the shape that is indexed."""
@@ -155,6 +159,7 @@ class SelectRule(Rule):
     """
 
     equation = "Eq. 4-7 for a selection"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "index", "indices", "dim", "start", "end", "step", "length")

@@ -57,6 +57,7 @@ class SizedInversion(FactoredInversion):
     """
 
     solver = "at every size"
+    partial = True
 
     def __init__(self, op: Op, rule: Rule) -> None:
         super().__init__(op)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from oracles import normal
+from oracles import invert, normal
 from torch import nn
 from torch.nn import functional as F
 
@@ -173,3 +173,29 @@ def test_functional_batch_norm(affine, style):
         model.running_var.mul_(2.0)
         model.running_mean.add_(1.0)
     assert inverse.summary()[-1].op == "batch_norm"
+
+
+def transform_input(x):
+    """Rescale every channel, as torchvision's Inception and GoogLeNet do in front of the stem."""
+    first = torch.unsqueeze(x[:, 0], 1) * (0.229 / 0.5) + (0.485 - 0.5) / 0.5
+    second = torch.unsqueeze(x[:, 1], 1) * (0.224 / 0.5) + (0.456 - 0.5) / 0.5
+    third = torch.unsqueeze(x[:, 2], 1) * (0.225 / 0.5) + (0.406 - 0.5) / 0.5
+    return torch.cat((first, second, third), 1)
+
+
+def test_input_transformed_channel_by_channel():
+    policy = frfx.policy.minimal().override(node="cat", damping=0.0, tolerance=1e-12)
+    inverse = invert(transform_input, policy)
+    x, wanted = normal(0, 2, 3, 4, 5), normal(1, 2, 3, 4, 5)
+    torch.testing.assert_close(inverse(x, transform_input(wanted)), wanted, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(inverse(x, transform_input(x)), x)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_pretrained_inceptions_down_to_the_input(name):
+    """`transform_input` is what their pretrained weights switch on."""
+    models = pytest.importorskip("torchvision.models")
+    model = models.get_model(name, weights=None, init_weights=False, transform_input=True).eval()
+    inverse = frfx.invert(model, "x")
+    assert inverse.layer == "x"
+    assert not any("aux" in row.node for row in inverse.summary())

@@ -271,7 +271,7 @@ NETWORKS = {
     "gpt": Foreign(
         PixelGpt,
         (12, 10),
-        ("transformer.drop", "transformer.h.0"),
+        ("add", "transformer.h.0"),
         "torch.export",
     ),
     "gated": Foreign(GatedCnn, (3, 10, 10), ("conv", "spatial"), "torch.export"),

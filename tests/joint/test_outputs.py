@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import frfx
-from frfx.joint.matrix_free import Jacobian, least_squares
 from tests.oracles import Apply, minimal_affine_preimage, normal, relative
 
 
@@ -41,37 +40,6 @@ def test_affine_tails_equal_the_pseudo_inverse(seed, rows, columns, rank):
         )
         if np.linalg.norm(expected - x[k, None].numpy()) < 9 * np.linalg.norm(x[k].numpy()):
             assert relative(found[k, None], expected) < 1e-5
-
-
-@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 8), st.integers(1, 8))
-def test_least_squares_against_pinv(seed, rows, columns, rank):
-    matrices = torch.stack([affine(seed + 10 * k, rows, columns, rank) for k in range(3)])
-    right = normal(seed + 5, 3, rows)
-    right[1] = 0
-    found = least_squares(
-        lambda v: (matrices @ v[..., None])[..., 0],
-        lambda v: (matrices.mT @ v[..., None])[..., 0],
-        right,
-    )
-    expected = (torch.linalg.pinv(matrices, rtol=1e-9) @ right[..., None])[..., 0]
-    assert not found[1].any()
-    residual = (matrices @ (found - expected)[..., None])[..., 0].norm(dim=1)
-    assert bool((residual <= 1e-6 * right.norm(dim=1) + 1e-12).all())
-    assert bool((found.norm(dim=1) <= expected.norm(dim=1) * (1 + 1e-6) + 1e-12).all())
-
-
-def test_jacobian_products_against_autograd():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.LayerNorm(12), nn.GELU()
-    ).double()
-    leaf = normal(0, 3, 2, 6, 6).requires_grad_()
-    products = Jacobian(leaf, model(leaf))
-    dense = torch.autograd.functional.jacobian(model, leaf.detach())
-    dense = torch.stack([dense[k, :, k].flatten(1) for k in range(3)])
-    tangent, cotangent = normal(1, 3, 72), normal(2, 3, 12)
-    torch.testing.assert_close(products.mv(tangent), (dense @ tangent[..., None])[..., 0])
-    torch.testing.assert_close(products.rmv(cotangent), (dense.mT @ cotangent[..., None])[..., 0])
 
 
 def curved() -> nn.Module:

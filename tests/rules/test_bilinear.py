@@ -367,7 +367,7 @@ REFUSED = {
     "computed operand in a list": (
         lambda x, w: torch.ops.aten.einsum.default("ij,jk", [x, w.exp()]),
         vocabulary.einsum,
-        "its left[1] is computed in the graph, not read from the model",
+        "one of its operands is computed in the graph, not read from the model",
     ),
     "diagonal": (
         lambda x, w: torch.einsum("ii,ij", x, w),

@@ -98,6 +98,31 @@ def test_shuffled_channels_come_back(function):
     assert relative(function(back(function, x, target)), target) < 1e-14
 
 
+def standardized(x):
+    """Scale every channel apart, as torchvision's Inception does with its input."""
+    channels = [x[:, i].unsqueeze(1) * (i + 1) - 0.5 for i in range(3)]
+    return torch.cat(channels, 1)
+
+
+SLICES = {
+    "channels": standardized,
+    "computed": lambda x: torch.cat([x[:, : x.size(2)], 2 * x[:, x.size(2) :]], 1),
+    "overlapping": lambda x: torch.cat([x[:, :3], x[:, 1:]], 1),
+    "indices": lambda x: torch.cat([x[:, [0, 0, 2]], x[:, 1:3]], 1),
+    "beside the whole": lambda x: torch.cat([x, x[:, 1:2]], 1),
+}
+
+
+@pytest.mark.parametrize("function", SLICES.values(), ids=SLICES)
+def test_slices_do_not_contradict_each_other(function):
+    x = normal(0, 2, 4, 2)
+    target = normal(1, *function(x).shape)
+    expected = minimal_affine_preimage(function, x, target)
+    if function is SLICES["computed"]:  # a size that the batch cannot change
+        assert relative(function(back(function, x, target)), target) < 1e-14
+    assert relative(back(function, x, target), expected) < 1e-13
+
+
 def test_a_part_that_nobody_reads_stays():
     x, target = normal(0, 2, 4), normal(1, 2, 2)
     found = back(lambda x: x.chunk(2, 1)[1] * 2, x, target)
