@@ -99,6 +99,11 @@ class Policy:
         chosen = [change.branches for change in self._changes(op) if change.branches is not None]
         return chosen[-1] if chosen else self.branches
 
+    def rule_at(self, op: Op) -> Rule | None:
+        """Return the rule that the node itself has been given, if any."""
+        change = self.by_node.get(op.path) or self.by_node.get(op.name)
+        return None if change is None else change.rule
+
     def _changes(self, op: Op) -> list[Override]:
         """Return the overrides for an op, the strongest last."""
         by_op = self.by_op.get(op.type.name) if op.type else None
@@ -131,9 +136,9 @@ class Policy:
                 continue
             if node in inside:
                 raise PolicyError(
-                    f"the policy overrides {node!r}, which is inverted as a part of a region. "
-                    "Override the node that the region ends in, or take its ops by their rules: "
-                    'branches="rules"'
+                    f"the policy overrides {node!r}, which has no step of its own: it lies inside "
+                    "of a region, or is held at its forward value. Override the node that the "
+                    'region ends in, or take its ops by their rules: branches="rules"'
                 )
             raise PolicyError(
                 f"the policy overrides {node!r}, which is no node between the layer and the "

@@ -30,6 +30,8 @@ class Stage:
         target: The node whose value is `y*`.
         output: The node whose value is `y^`.
         results: The nodes whose values are `x*`, in the order of `step.reconstructed`.
+        parts: The parts of a tuple that the target is put together from: forward nodes, and the
+            nodes whose values are `y*` and `y^` there.
     """
 
     step: Step
@@ -37,6 +39,7 @@ class Stage:
     target: str
     output: str
     results: tuple[str, ...]
+    parts: tuple[tuple[fx.Node, str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,17 +100,18 @@ class _Walk:
         self._start: fx.Node | None = start
         self._answers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         self._shares: dict[fx.Node, tuple[str, tuple[fx.Node, ...]]] = {}
+        self._parts: list[tuple[fx.Node, str, str]] = []
 
     def target(self, node: fx.Node) -> fx.Node:
         """Return the node that holds the target of a forward node: all answers for it, as one."""
         answers = self._answers.pop(node, [])
-        parts: dict[Any, fx.Node] = {
-            user.args[1]: self.target(user)
+        parts = [
+            user
             for user in node.users
             if user.target is operator.getitem and not answers and user in self._answers
-        }
+        ]
         if parts:
-            return self.graph.call_function(replace_parts, (self.copies[node], parts))  # type: ignore[arg-type]
+            return self._tuple_target(node, parts)
         if not answers:  # where the walk begins
             assert self._start is not None
             answers, self._start = [self._start], None
@@ -120,6 +124,15 @@ class _Walk:
         return self.graph.create_node(
             "call_function", fan_out_inverse, tuple(arguments), name=f"{node.name}_fan_out_inverse"
         )
+
+    def _tuple_target(self, node: fx.Node, parts: list[fx.Node]) -> fx.Node:
+        targets = [self.target(part) for part in parts]
+        self._parts += [
+            (part, target.name, self.copies[part].name)
+            for part, target in zip(parts, targets, strict=True)
+        ]
+        answers = tuple((part.args[1], target) for part, target in zip(parts, targets, strict=True))
+        return self.graph.call_function(replace_parts, (self.copies[node], answers))
 
     def partly(self, step: Step, share: str) -> None:
         """Note that the last step has answered for some entries only, as the module tells."""
@@ -153,7 +166,8 @@ class _Walk:
         for answer, node in zip(results, step.reconstructed, strict=True):
             self._answers[node].append(answer)
         names = tuple(answer.name for answer in results)
-        return Stage(step, path, target.name, output.name, names)
+        parts, self._parts = tuple(self._parts), []
+        return Stage(step, path, target.name, output.name, names, parts)
 
 
 def _add(inversions: nn.Module, name: str, inversion: Inversion | Share) -> str:

@@ -214,6 +214,9 @@ class Inverse(fx.GraphModule):
         for stage in self._stages:
             wanted, had = values[stage.target], values[stage.output]
             op = stage.step.op
+            for part, part_wanted, part_had in stage.parts:
+                path = self.traced.paths[part]
+                nodes.append(NodeValues(path, "select", values[part_wanted], values[part_had]))
             if _is_comparable(wanted, had):
                 nodes.append(NodeValues(op.path, op.type.name if op.type else "", wanted, had))
             for result in stage.results:

@@ -15,6 +15,7 @@ from frfx.compiler.bind import bind, op_type
 from frfx.compiler.regions import (
     Region,
     between,
+    branches,
     joint_regions,
     links,
     region,
@@ -84,8 +85,14 @@ class Plan:
             sizes: What the nodes that compute with sizes have given, by name.
 
         Raises:
+            LayerError: If the layer is no tensor.
             UnsupportedOpsError: If some rules cannot invert their ops as they are.
         """
+        if self.tail.cut not in shapes:
+            raise LayerError(
+                f"layer {self.tail.cut.name!r} is no tensor: name what it is made of, or what is "
+                "made of it"
+            )
         problems = []
         for step in self.steps:
             op = _with_shapes(step.op, step.node, step.inputs, shapes).with_sizes(sizes)
@@ -151,9 +158,7 @@ def draft_plan(
         if end not in network.heads:
             planner.link(start, end)
     problems = planner.problems()
-    if not problems:
-        names = {name for step in planner.steps for name in (step.op.path, step.op.name)}
-        policy.check_nodes(names, {network.traced.paths[node] for node in tail.nodes})
+    names = {name for step in planner.steps for name in (step.op.path, step.op.name)}
     for op, end, inputs in joint:
         assert policy.joint is not None
         rule = JointRule(policy.joint, network.traced.batch)
@@ -164,6 +169,8 @@ def draft_plan(
             f"no rule answers for {network.traced.paths[tail.cut]!r}: whatever reads it holds it "
             'at its forward value. Cut elsewhere, or take branches="region"'
         )
+    if not problems:
+        policy.check_nodes(names, {network.traced.paths[node] for node in tail.nodes})
     beyond = [op_type(node, network.traced.root) for node in above.nodes if node in network.heads]
     plan = Plan(
         tuple(planner.steps),
@@ -206,28 +213,31 @@ class _Planner:
                 if op.type is vocabulary.argmax:  # of what reads the logits; they are embedded
                     embedding = (replace(op, inputs={"input": tail.logits.name}), node)
                 else:
-                    self._add(op, node, passes_labels=True)
+                    self._add(op, node, self._policy.rule_for(op), passes_labels=True)
         if embeds:  # else a joint region takes the labels
-            self._add(*embedding, passes_labels=True)
+            self._add(*embedding, self._policy.rule_for(embedding[0]), passes_labels=True)
 
     def link(self, start: fx.Node, end: fx.Node) -> None:
         """Invert what lies between two neighbours that all paths lead through."""
         inside = between(self._network, start, end)
-        nodes = [n for n in self._network.traced.graph.nodes if n in inside] + [end]
-        branches = not self._is_path(start, nodes)
-        if branches and self._policy.branches_at(self._bind(end, {start, *inside})) == "region":
-            self._add(*region(self._network, start, end)[:2])
+        op = self._bind(end, {start, *inside})
+        if branches(self._network, start, end) and self._policy.branches_at(op) == "region":
+            self._region(op, start, end)
         else:
-            for node in reversed(nodes):
+            nodes = (node for node in self._network.traced.graph.nodes if node in inside)
+            for node in (end, *reversed(tuple(nodes))):
                 self._op(node, {start, *inside})
 
-    def _is_path(self, start: fx.Node, nodes: list[fx.Node]) -> bool:
-        """Tell whether one op leads to the next, as from a tuple to the one part that is used."""
-        reads_one = all(len(self._bind(node, {start, *nodes}).free) == 1 for node in nodes)
-        within = [
-            set(nodes).intersection(self._network.flow.successors(n)) for n in (start, *nodes)
-        ]
-        return reads_one and all(len(readers) <= 1 for readers in within)
+    def _region(self, op: Op, start: fx.Node, end: fx.Node) -> None:
+        """Invert all between two neighbours on the chain at once."""
+        rule = self._policy.rule_at(op)
+        if rule is not None and not isinstance(rule, RegionRule):
+            reason = "a region ends in it, and the policy gives it a rule for the op alone"
+            remedy = f'policy.override(node={op.path!r}, rule=..., branches="rules")'
+            self._problems.append(_problem(op, reason, rule, remedy))
+        else:
+            op, *_ = region(self._network, start, end)
+            self._add(op, end, self._policy.rule_for(op))
 
     def _op(self, node: fx.Node, reached: set[fx.Node]) -> None:
         """Invert one op by its rule, if there is a target for it."""
@@ -236,22 +246,31 @@ class _Planner:
         )
         if node not in self.answered:
             return
+        op = self._bind(node, reached)
         if is_part:  # the walk puts the parts of a tuple together itself
             self.answered.add(node.all_input_nodes[0])
+            if not isinstance(node.args[1], int):
+                reason = "it takes several parts of a tuple at once"
+                remedy = (
+                    'take them one by one, or solve the branches as a region: branches="region"'
+                )
+                self._problems.append(_problem(op, reason, None, remedy))
             return
-        op = self._bind(node, reached)
         sources = {op.inputs[name] for name in op.free}
-        if len(sources) == 1 and isinstance(self._policy.rule_for(op), RegionRule):
+        one = len(sources) == 1 and not returns_several(self._network, node)
+        rule = self._policy.rule_for(op)
+        if one and isinstance(rule, RegionRule):
             op, *_ = region(self._network, self._by_name[sources.pop()], node)
-        self._add(op, node)
+        self._add(op, node, rule)
 
     def _bind(self, node: fx.Node, reached: set[fx.Node]) -> Op:
         op = bind(node, self._network.traced, self._network.live)
         held = {name for name, source in op.inputs.items() if self._by_name[source] not in reached}
         return replace(op, held=frozenset(held))
 
-    def _add(self, op: Op, node: fx.Node | None, *, passes_labels: bool = False) -> None:
-        rule = self._policy.rule_for(op)
+    def _add(
+        self, op: Op, node: fx.Node | None, rule: Rule | None, *, passes_labels: bool = False
+    ) -> None:
         if rule is not None and not passes_labels:
             rule = wait_for_sizes(rule, op)
         inputs = tuple(self._by_name[name] for name in op.inputs.values())

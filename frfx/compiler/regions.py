@@ -8,7 +8,7 @@ import networkx as nx
 from torch import fx
 
 from frfx import vocabulary
-from frfx.compiler.bind import op_type
+from frfx.compiler.bind import bind, op_type
 from frfx.compiler.forward import region_module
 from frfx.compiler.tail import Network, Tail
 from frfx.errors import LayerError, nearest
@@ -46,6 +46,14 @@ def between(network: Network, start: fx.Node, end: fx.Node) -> set[fx.Node]:
     """Return the nodes on the paths from one node to another, without the two."""
     flow = network.flow
     return nx.descendants(flow, start) & nx.ancestors(flow, end)
+
+
+def branches(network: Network, start: fx.Node, end: fx.Node) -> bool:
+    """Tell whether several paths lead from one node to another, or one op reads one value twice."""
+    inside = between(network, start, end)
+    names = {node.name for node in (start, *inside)}
+    ops = (bind(node, network.traced, network.live) for node in (end, *inside))
+    return any(sum(source in names for source in op.inputs.values()) > 1 for op in ops)
 
 
 def links(network: Network, tail: Tail) -> list[tuple[fx.Node, fx.Node]]:
@@ -108,4 +116,13 @@ def _place(network: Network, tail: Tail, name: str | int, what: str) -> fx.Node:
     return node
 
 
-__all__ = ["Region", "between", "joint_regions", "links", "region", "returns_several", "top"]
+__all__ = [
+    "Region",
+    "between",
+    "branches",
+    "joint_regions",
+    "links",
+    "region",
+    "returns_several",
+    "top",
+]

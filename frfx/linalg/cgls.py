@@ -52,6 +52,9 @@ def cgls(
         Hestenes and Stiefel (1952); Bjorck, Numerical Methods for Least Squares Problems, 7.4.1.
     """
     eps = torch.finfo(right.dtype).eps
+    unit = right.abs().amax(1, keepdim=True)  # so that no square leaves the range of the type
+    unit = torch.where(unit > 0, unit, 1)
+    right = right / unit
     shift = torch.as_tensor(shift, dtype=right.dtype, device=right.device).expand(len(right))
     # What is left of J^T r below this is rounding; a direction made of it leads anywhere.
     noise = (_NOISE * eps) ** 2
@@ -85,7 +88,7 @@ def cgls(
         direction = torch.where(active[:, None], gradient + ratio * direction, direction)
         steps += active
     left = torch.where(first > 0, size / torch.where(first > 0, first, 1), 0).sqrt()
-    return solution, Convergence(left, steps, ~is_open())
+    return solution * unit, Convergence(left, steps, ~is_open())
 
 
 def largest_singular_value(mv: Product, rmv: Product, like: Tensor) -> Tensor:

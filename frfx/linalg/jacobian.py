@@ -35,9 +35,15 @@ class Jacobian:
             self._output = function(self._leaf)
             # J^T u is linear in u: its derivative, transposed, is J, at the price of a backward.
             self._probe = torch.zeros_like(self._output, requires_grad=True)
-            self._pulled: Tensor | None = torch.autograd.grad(
-                self._output, self._leaf, self._probe, create_graph=True
-            )[0]
+            self._pulled: Tensor | None = None
+            if self._output.requires_grad:
+                (self._pulled,) = torch.autograd.grad(
+                    self._output, self._leaf, self._probe, create_graph=True, allow_unused=True
+                )
+            if self._pulled is None:
+                raise NotImplementedError("a derivative is not implemented: nothing flows back")
+            if not self._pulled.requires_grad:  # of a function that is constant in steps
+                self._pulled = None
         self.output = self._output.detach()
 
     def mv(self, tangent: Tensor) -> Tensor:
@@ -57,12 +63,13 @@ class Jacobian:
 
     def _forward_mode(self, tangent: Tensor) -> Tensor:
         """Apply the Jacobian by running the function anew, with a tangent."""
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            value = self._function(forward_ad.make_dual(self._feature, tangent))
+        # With a leaf that asks for gradients: else attention takes a kernel that has no tangents.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            value = self._function(forward_ad.make_dual(self._leaf, tangent))
             product = forward_ad.unpack_dual(value).tangent
         if product is None:  # some ops drop it and say nothing
             raise NotImplementedError("the derivative in forward mode is not implemented")
-        return product
+        return product.detach()
 
     def rmv(self, cotangent: Tensor) -> Tensor:
         """Apply the transpose: (systems, m) -> (systems, n)."""
@@ -75,12 +82,15 @@ class Jacobian:
         rows = len(self._feature)
         if len(self._output) != rows:
             return True
-        others = torch.arange(rows, device=self._feature.device) >= rows // 2
-        moved = [unstructured(t.flatten(1)).clone() for t in (self._feature, self.output)]
-        for tensor in moved:
-            tensor[others] = 0
-        forward, back = self.mv(moved[0]), self.rmv(moved[1])
-        return bool(forward.reshape(rows, -1)[others].any() | back.reshape(rows, -1)[others].any())
+        index = torch.arange(rows, device=self._feature.device)
+        vectors = [unstructured(t.reshape(rows, -1)) for t in (self._feature, self.output)]
+        for bit in range((rows - 1).bit_length()):  # any two rows differ in some bit
+            still = (index >> bit) % 2 == 1
+            moved = [torch.where(still[:, None], 0, vector) for vector in vectors]
+            for product in (self.mv(moved[0]), self.rmv(moved[1])):
+                if bool(product.reshape(rows, -1)[still].any()):
+                    return True
+        return False
 
 
 __all__ = ["Jacobian"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +51,23 @@ class Share(nn.Module):
         return self._inversion[0].share(*inputs)
 
 
-def replace_parts(parts: tuple[Tensor, ...], answers: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
-    """Return a tuple of forward values, with targets where there are some."""
-    count = len(parts)
-    wanted = {index % count: answer for index, answer in answers.items()}
-    return tuple(wanted.get(index, part) for index, part in enumerate(parts))
+def replace_parts(
+    parts: tuple[Tensor, ...], answers: Sequence[tuple[int, Tensor]]
+) -> tuple[Tensor, ...]:
+    """Return a tuple of forward values, with targets where there are some.
+
+    Args:
+        parts: The forward values.
+        answers: Indices, which may be negative, with their answers; a part that a program takes
+            several times has several.
+    """
+    wanted = defaultdict(list)
+    for index, answer in answers:
+        wanted[index % len(parts)].append(answer)
+    return tuple(
+        fan_out_inverse(part, wanted[index]) if index in wanted else part
+        for index, part in enumerate(parts)
+    )
 
 
 def limit_deviation(target: Tensor, forward: Tensor, radius: float) -> Tensor:
@@ -67,7 +80,12 @@ def limit_deviation(target: Tensor, forward: Tensor, radius: float) -> Tensor:
             it, the linearised residual only falls up to the whole step.
     """
     deviation = target - forward
-    length = torch.linalg.vector_norm(deviation.flatten(1), dim=1)
-    longest = radius * torch.linalg.vector_norm(forward.flatten(1).to(length.dtype), dim=1)
+    length = _norms(deviation)
+    longest = radius * _norms(forward.to(deviation.dtype))
     share = torch.where(length > longest, longest / length, 1)
     return forward + share.view(-1, *[1] * (deviation.ndim - 1)) * deviation
+
+
+def _norms(values: Tensor) -> Tensor:
+    """Return the norm of every sample, shape (N,)."""
+    return torch.linalg.vector_norm(values.reshape(len(values), -1), dim=1)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from frfx import vocabulary
 from frfx.errors import UnsupportedOp, UnsupportedOpsError
 from frfx.linalg.cgls import cgls, largest_singular_value
-from frfx.linalg.iterative import MAX_STEPS, Convergence
+from frfx.linalg.iterative import MAX_STEPS
 from frfx.linalg.jacobian import Jacobian
 from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op, Shape
@@ -45,7 +45,6 @@ class RegionInversion(Inversion):
         assert isinstance(op.module, fx.GraphModule)
         count = sum(node.op.startswith("call_") for node in op.module.graph.nodes)
         self.reason = f"a region of {count} ops"
-        self._convergence: Convergence | None = None
         self._coupled: dict[Shape, bool] = {}
 
     @torch.compiler.disable
@@ -77,7 +76,7 @@ class RegionInversion(Inversion):
         if damping:
             largest = largest_singular_value(jacobian.mv, jacobian.rmv, residual)
             shift = damping * largest.square()
-        deviation, self._convergence = cgls(
+        deviation, convergence = cgls(
             jacobian.mv,
             jacobian.rmv,
             residual,
@@ -85,6 +84,8 @@ class RegionInversion(Inversion):
             tolerance=self.rule.tolerance,
             max_steps=self.rule.max_steps,
         )
+        # At once: a compiled graph asks nobody at its end.
+        report_convergence(convergence, self.op, self.rule.unconverged)
         return feature + deviation.reshape(shape)
 
     @contextlib.contextmanager
@@ -103,15 +104,6 @@ class RegionInversion(Inversion):
                 f"policy.override(node={self.op.path!r}, branches='rules')",
             )
             raise UnsupportedOpsError([op]) from error
-
-    def check_convergence(self) -> None:
-        """Warn or raise, as asked, if the last solve has left samples unsolved.
-
-        Raises:
-            ConvergenceError: If it has, and `unconverged` is ``"raise"``.
-        """
-        convergence, self._convergence = self._convergence, None
-        report_convergence(convergence, self.op, self.rule.unconverged)
 
 
 @register_rule(vocabulary.region)
@@ -142,6 +134,13 @@ class RegionRule(Rule):
 
     def __post_init__(self) -> None:
         check_iteration(self.tolerance, self.max_steps, self.unconverged)
+
+    def supports(self, op: Op) -> str | None:
+        if op.type is vocabulary.region:
+            return None
+        if op.type is not None and op.type.several:
+            return "it returns a tuple, and a region ends in one tensor"
+        return f"it is applied to {', '.join(op.inputs.values())}, and a region begins at one value"
 
     def build(self, op: Op) -> Inversion:
         return RegionInversion(op, self)
