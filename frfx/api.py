@@ -7,6 +7,7 @@ import warnings
 
 from torch import Tensor, nn
 
+from frfx.compiler.coverage import coverage
 from frfx.compiler.emit import emit
 from frfx.compiler.inverse import Inverse
 from frfx.compiler.plan import make_plan
@@ -87,25 +88,46 @@ def invert(
 
 
 def layers(
-    model: nn.Module, example_input: Tensor | None = None, output: str | int | None = None
+    model: nn.Module,
+    example_input: Tensor | None = None,
+    output: str | int | None = None,
+    *,
+    upto_layer: int | str | None = None,
+    policy: Policy | str = "paper",
 ) -> Layers:
     """List the places that a reconstruction may reach, with the paper's layer numbers.
 
+    With `upto_layer`, list how `invert` would invert every op between that layer and the output,
+    and what it cannot invert, without compiling anything.
+
     Args:
         model: The network; it is not changed.
-        example_input: A batch, needed only for models that symbolic tracing cannot follow.
+        example_input: A batch, needed only for models that symbolic tracing cannot follow. With
+            `upto_layer`, rules are also asked about what depends on the size of the image.
         output: Which tensor is the network's output, as for `invert`.
+        upto_layer: Where a reconstruction would stop, as for `invert`; None for all nodes.
+        policy: What would choose the rules, as for `invert`; read with `upto_layer` only.
 
     Returns:
-        One row a node in forward order; prints as a table. Rows that are some `a_l` carry `l`.
+        One row a node in forward order; prints as a table. Rows that are some `a_l` carry `l`. With
+        `upto_layer`, the first row is the layer, each tells its `inversion`, and `.unsupported`
+        has every op that cannot be inverted, with the reason and the way out.
 
     Raises:
         ModelError: If the model holds no values.
-        LayerError: If there is no such output.
+        LayerError: If there is no such layer, or no such output.
         TraceError: If the model cannot be traced.
+        PolicyError: If the policy names what does not exist.
+        InputError: If the model cannot take the example.
     """
     check_model(model)
-    return Network(trace(evaluation_view(model), example_input, output)).layers()
+    chosen = resolve(policy)
+    if example_input is not None:
+        check_batch(example_input)
+    network = Network(trace(evaluation_view(model), example_input, output))
+    if upto_layer is None:
+        return network.layers()
+    return coverage(network, network.find(upto_layer), chosen, example_input)
 
 
 def _warn_of_mode(model: nn.Module) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import typer
@@ -29,10 +30,34 @@ BatchSize = Annotated[int, typer.Option(min=1)]
 
 
 @app.command()
-def layers(model: Model, weights: Weights = None) -> None:
-    """List the places of a network that a reconstruction may reach."""
+def layers(
+    model: Model,
+    weights: Weights = None,
+    upto: Annotated[
+        str | None, typer.Option(help="Show how every op down to this layer is inverted.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="With --upto: paper, minimal or joint.")] = "paper",
+    branches: Annotated[
+        str | None, typer.Option(help="With --upto: region or rules; the policy's own if not given")
+    ] = None,
+) -> None:
+    """List the places of a network that a reconstruction may reach.
+
+    With --upto, how every op between that layer and the output is inverted; exits with 1 if some
+    cannot be.
+    """
     with _errors():
-        found = frfx.layers(models.load_model(model, weights))
+        network = models.load_model(model, weights)
+        if upto is not None:
+            chosen = frfx.policy.resolve(policy)
+            if branches is not None:
+                chosen = replace(chosen, branches=cast(frfx.policy.Branches, branches))
+            found = frfx.layers(network, upto_layer=_layer(upto), policy=chosen)
+            demo.show(console, found)
+            if found.unsupported:
+                raise typer.Exit(1)
+            return
+        found = frfx.layers(network)
         table = Table("l", "name", "op", "parameters", title=model)
         for row in found:
             index = "" if row.index is None else str(row.index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -129,9 +130,18 @@ def spellings() -> tuple[Hashable, ...]:
     return tuple(_imported())
 
 
+def spellings_of(op_type: OpType) -> tuple[Hashable, ...]:
+    """Return every way to write one op, by name for what is not imported here."""
+    return tuple(s for s, entry in _SPELLINGS.items() if entry.type is op_type)
+
+
 def functions() -> tuple[Callable[..., Any], ...]:
     """Return every Python function that spells an op: the tracer keeps calls of them whole."""
     return tuple(s for s in _imported() if inspect.isfunction(s))
+
+
+_HOMES = (nn.functional, torch, torch.special, torch.linalg, operator)
+"""Where programs take functions from, whatever module they say they are of."""
 
 
 def describe(spelling: Hashable) -> str:
@@ -142,18 +152,19 @@ def describe(spelling: Hashable) -> str:
         return f'"{spelling}"'
     if isinstance(spelling, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return f"torch.ops.{spelling}"
+    for home in _HOMES:  # before its own name: F.max_pool2d has none, torch.special.expit another
+        found = [key for key, value in vars(home).items() if value is spelling]
+        if found:
+            return f"{home.__name__}.{found[0]}"
     module = getattr(spelling, "__module__", None) or "torch"
     name = str(getattr(spelling, "__qualname__", getattr(spelling, "__name__", repr(spelling))))
-    if name == "boolean_dispatch.<locals>.fn":  # F.max_pool2d and its like carry no name
-        found = [key for key, value in vars(nn.functional).items() if value is spelling]
-        name = found[0] if found else name
     if module.startswith("torch.nn.modules."):
         module = "torch.nn"
     elif module.startswith("torch._C"):
-        module = "torch.nn.functional" if hasattr(nn.functional, name) else "torch"
+        module = "torch"
     elif module == "_operator":
         module = "operator"
-    return f"{module}.{name.removeprefix('_VariableFunctionsClass.')}"
+    return f"{module}.{name}"
 
 
 @dataclass(frozen=True)

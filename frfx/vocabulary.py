@@ -470,6 +470,17 @@ atan = _unary("atan", "arctan")
 sin = _unary("sin")
 sinh = _unary("sinh")
 asinh = _unary("asinh", "arcsinh")
+absolute = _unary("abs", "absolute")
+spell(absolute, [operator.abs])
+
+max_over = define(
+    "max", "input, dim=None, keepdim=False", [torch.max, "max", aten.max.dim], several=True
+)
+min_over = define(
+    "min", "input, dim=None, keepdim=False", [torch.min, "min", aten.min.dim], several=True
+)
+amax = define("amax", "input, dim=(), keepdim=False", [torch.amax, "amax", aten.amax.default])
+amin = define("amin", "input, dim=(), keepdim=False", [torch.amin, "amin", aten.amin.default])
 
 region = define("region", "input, *_", [])
 """A part of the network that is inverted as one op; no program spells it."""

@@ -12,6 +12,7 @@ import frfx
 from tests.foreign import attention, merging, residual, shapes
 from tests.foreign.case import Foreign
 from tests.networks_zoo import snapshot
+from tests.oracles import relative
 
 NETWORKS: dict[str, Foreign] = {
     **residual.NETWORKS,
@@ -64,12 +65,16 @@ def test_layers(name):
 
 @pytest.mark.parametrize(("name", "layer"), PLACES)
 def test_regions(name, layer):
+    """Every value is finite, and the model's own output as the target moves nothing."""
     model, x, y = subject(name)
     before = snapshot(model)
     inverse = invert(name, layer, frfx.policy.minimal())
     found = frfx.measure(inverse, x, y)
     assert bool(found.deviation.isfinite().all())
     assert all(bool(row.residual.isfinite().all()) for row in found.residuals)
+    with torch.no_grad():
+        nodes = inverse.reconstruct(x, model(x))
+    assert relative(nodes.feature, nodes[inverse.layer].forward) < 1e-4
     assert snapshot(model) == before
 
 
@@ -129,7 +134,33 @@ def test_masks_of_minus_infinity():
     torch.manual_seed(0)
     x, y = torch.randn(3, 4, 6), torch.arange(3)
     for policy in (frfx.policy.minimal(), frfx.policy.joint()):
-        assert bool(frfx.invert(Masked("future").eval(), "x", policy)(x, y).isfinite().all())
+        assert bool(frfx.invert(Masked("future").eval(), "x", policy=policy)(x, y).isfinite().all())
     for mask in ("row", "raw"):  # a softmax of nothing but masks, a product with them
         with pytest.raises(frfx.NonFiniteError, match="'masked_fill': its output holds NaN or inf"):
-            frfx.invert(Masked(mask).eval(), "x", frfx.policy.joint())(x, y)
+            frfx.invert(Masked(mask).eval(), "x", policy="joint")(x, y)
+
+
+class Ranked(nn.Module):
+    """Order statistics of a convolution: ops that no rule is known for, in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv1d(2, 4, 3), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.conv(x)).cumsum(-1)
+        x, _ = x.sort(dim=-1)
+        return self.fc(torch.erf(x).flatten(1))
+
+
+def test_every_op_without_a_rule_is_named_at_once():
+    torch.manual_seed(0)
+    model, x, y = Ranked().eval(), torch.randn(3, 2, 8), torch.arange(3)
+    for branches in ("region", "rules"):
+        with pytest.raises(frfx.UnsupportedOpsError) as caught:
+            frfx.invert(model, "conv", policy=frfx.policy.minimal(branches=branches))
+        assert [op.path for op in caught.value.ops] == ["cumsum", "sort", "erf"]
+        assert all("no rule is registered for it" in op.reason for op in caught.value.ops)
+        assert all("register_rule" in op.remedy for op in caught.value.ops)
+    inverse = frfx.invert(model, "conv", policy="joint")
+    assert frfx.measure(inverse, x, y).label_consistency == 1

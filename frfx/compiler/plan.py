@@ -15,7 +15,6 @@ from frfx.compiler.bind import bind, op_type
 from frfx.compiler.regions import (
     Region,
     between,
-    branches,
     joint_regions,
     links,
     region,
@@ -124,6 +123,29 @@ def make_plan(
         LayerError: If the policy cuts the tail where a path goes past the cut, or no rule answers
             for the cut.
     """
+    plan, problems = draft_plan(network, tail, policy, shapes)
+    if problems:
+        raise UnsupportedOpsError(problems)
+    return plan
+
+
+def draft_plan(
+    network: Network, tail: Tail, policy: Policy, shapes: Mapping[fx.Node, Shape] | None = None
+) -> tuple[Plan, tuple[UnsupportedOp, ...]]:
+    """Return a plan of what can be inverted, and in forward order the ops that cannot.
+
+    Args:
+        network: The data flow of the forward graph.
+        tail: What is inverted.
+        policy: Chooses the rules.
+        shapes: The activations' shapes without the batch, if they are known already.
+
+    Raises:
+        PolicyError: If the policy overrides a node that is not there; not told where problems
+            leave open which nodes have a rule.
+        LayerError: If the policy cuts the tail where a path goes past the cut; or no rule answers
+            for the cut, though all ops can be inverted.
+    """
     planner = _Planner(network, policy, shapes)
     joint: list[Region] = []
     above = tail
@@ -134,27 +156,29 @@ def make_plan(
     for start, end in reversed(links(network, above)):
         if end not in network.heads:
             planner.link(start, end)
-    planner.fail_if_unsupported()
+    problems = planner.problems()
     names = {name for step in planner.steps for name in (step.op.path, step.op.name)}
     for op, end, inputs in joint:
         assert policy.joint is not None
         rule = JointRule(policy.joint, network.traced.batch)
         planner.steps.append(Step(op, rule, end, inputs, inputs[:1]))
         planner.answered.add(inputs[0])
-    if tail.cut not in planner.answered and planner.steps:
+    if not problems and tail.cut not in planner.answered and planner.steps:
         raise LayerError(
             f"no rule answers for {network.traced.paths[tail.cut]!r}: whatever reads it holds it "
             'at its forward value. Cut elsewhere, or take branches="region"'
         )
-    policy.check_nodes(names, {network.traced.paths[node] for node in tail.nodes})
+    if not problems:
+        policy.check_nodes(names, {network.traced.paths[node] for node in tail.nodes})
     beyond = [op_type(node, network.traced.root) for node in above.nodes if node in network.heads]
-    return Plan(
+    plan = Plan(
         tuple(planner.steps),
         tail,
         takes_scores=vocabulary.argmax not in beyond,
         class_dim=network.class_dim(),
         trust_region=policy.trust_region,
     )
+    return plan, problems
 
 
 class _Planner:
@@ -195,12 +219,12 @@ class _Planner:
     def link(self, start: fx.Node, end: fx.Node) -> None:
         """Invert what lies between two neighbours that all paths lead through."""
         inside = between(self._network, start, end)
+        nodes = [n for n in self._network.traced.graph.nodes if n in inside] + [end]
         op = self._bind(end, {start, *inside})
-        if branches(self._network, start, end) and self._policy.branches_at(op) == "region":
+        if not self._is_path(start, nodes) and self._policy.branches_at(op) == "region":
             self._region(op, start, end)
         else:
-            nodes = (node for node in self._network.traced.graph.nodes if node in inside)
-            for node in (end, *reversed(tuple(nodes))):
+            for node in reversed(nodes):
                 self._op(node, {start, *inside})
 
     def _region(self, op: Op, start: fx.Node, end: fx.Node) -> None:
@@ -210,9 +234,18 @@ class _Planner:
             reason = "a region ends in it, and the policy gives it a rule for the op alone"
             remedy = f'policy.override(node={op.path!r}, rule=..., branches="rules")'
             self._problems.append(_problem(op, reason, rule, remedy))
+            self.answered.add(start)
         else:
             op, *_ = region(self._network, start, end)
             self._add(op, end, self._policy.rule_for(op))
+
+    def _is_path(self, start: fx.Node, nodes: list[fx.Node]) -> bool:
+        """Tell whether one op leads to the next, as from a tuple to the one part that is used."""
+        reads_one = all(len(self._bind(node, {start, *nodes}).free) == 1 for node in nodes)
+        within = [
+            set(nodes).intersection(self._network.flow.successors(n)) for n in (start, *nodes)
+        ]
+        return reads_one and all(len(readers) <= 1 for readers in within)
 
     def _op(self, node: fx.Node, reached: set[fx.Node]) -> None:
         """Invert one op by its rule, if there is a target for it."""
@@ -259,14 +292,11 @@ class _Planner:
         if rule is not None and reason is None and reconstructed:
             self.steps.append(Step(op, rule, node, inputs, reconstructed, passes_labels))
 
-    def fail_if_unsupported(self) -> None:
-        """Raise `UnsupportedOpsError` if some ops have no rule, in forward order."""
+    def problems(self) -> tuple[UnsupportedOp, ...]:
+        """Return the ops that cannot be inverted, in forward order."""
         traced = self._network.traced
         order = {traced.paths[node]: i for i, node in enumerate(traced.graph.nodes)}
-        if self._problems:
-            raise UnsupportedOpsError(
-                sorted(self._problems, key=lambda p: order.get(p.path, len(order)))
-            )
+        return tuple(sorted(self._problems, key=lambda p: order.get(p.path, len(order))))
 
 
 def _unsaid_argmax(logits: fx.Node, dim: int) -> Op:

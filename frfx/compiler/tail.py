@@ -11,7 +11,7 @@ from torch import fx
 from frfx import vocabulary
 from frfx.compiler.bind import bind, live_nodes, op_type
 from frfx.compiler.trace import Traced
-from frfx.errors import LayerError, nearest
+from frfx.errors import LayerError, UnsupportedOp, nearest
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,34 @@ class LayerInfo:
         op: The name of its operation.
         parameters: How many parameters the layer `index` has (convolution or linear op,
             normalisation, activation), 0 for other nodes.
+        inversion: How the node is inverted: the rule, the region that it is a part of, held, or
+            not supported. Empty where no layer was asked for.
     """
 
     index: int | None
     name: str
     op: str
     parameters: int
+    inversion: str = ""
 
 
 class Layers(Sequence[LayerInfo]):
-    """The nodes of a network in forward order; prints as a table."""
+    """The nodes of a network in forward order; prints as a table.
 
-    def __init__(self, rows: Sequence[LayerInfo], note: str = "") -> None:
+    Attributes:
+        note: What is said below the table.
+        unsupported: The ops that cannot be inverted, each with the reason and the way out, in
+            forward order; none where no layer was asked for.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[LayerInfo],
+        note: str = "",
+        unsupported: Sequence[UnsupportedOp] = (),
+    ) -> None:
         self._rows = tuple(rows)
-        self.note = note
+        self.note, self.unsupported = note, tuple(unsupported)
 
     def __getitem__(self, i):  # type: ignore[no-untyped-def]
         return self._rows[i]
@@ -52,11 +66,13 @@ class Layers(Sequence[LayerInfo]):
     def __str__(self) -> str:
         width = max([4, *(len(row.name) for row in self)])
         kind = max([2, *(len(row.op) for row in self)])
-        lines = [f"{'l':>3}  {'name':<{width}}  {'op':<{kind}}  parameters"]
+        how = "  inverted by" if any(row.inversion for row in self) else ""
+        lines = [f"{'l':>3}  {'name':<{width}}  {'op':<{kind}}  parameters{how}"]
         for row in self:
             index = "" if row.index is None else row.index
             parameters = row.parameters or ""
-            lines.append(f"{index:>3}  {row.name:<{width}}  {row.op:<{kind}}  {parameters:>10}")
+            line = f"{index:>3}  {row.name:<{width}}  {row.op:<{kind}}  {parameters:>10}"
+            lines.append(f"{line}  {row.inversion}" if how else line)
         return "\n".join([*lines, *([self.note] if self.note else [])])
 
     __repr__ = __str__

@@ -111,6 +111,8 @@ class JointRule(Rule):
     """
 
     equation = "the minimal deviation principle (Sec. 3.2) for a whole region at once"
+    accuracy = "approximate: a local minimum, found by linearising again and again"
+    solvers = ("SQP",)
     options: JointOptions = field(default_factory=JointOptions)
     batch: int | None = None
 

@@ -11,6 +11,7 @@ from frfx.rules.attention import AttentionRule, MultiheadAttentionRule
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
 from frfx.rules.bilinear import BilinearRule
 from frfx.rules.conv import ConvolutionRule
+from frfx.rules.extremum import ExtremumRule
 from frfx.rules.interpolate import InterpolateRule
 from frfx.rules.join import CatRule, SplitRule, StackRule
 from frfx.rules.label import (
@@ -58,6 +59,7 @@ __all__ = [
     "ChannelShuffleRule",
     "ConvolutionRule",
     "ElementwiseRule",
+    "ExtremumRule",
     "FactoredInversion",
     "FlipRule",
     "IdentityRule",

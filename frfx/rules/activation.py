@@ -88,6 +88,14 @@ class ElementwiseRule(Rule):
     function: Elementwise
     clamp_margin: float = 1e-3
 
+    @property
+    def accuracy(self) -> str:  # type: ignore[override]
+        """Whether every target has a nearest preimage."""
+        ends = self.function.range()
+        if self.function.attained or not any(map(math.isfinite, ends)):
+            return "exact"
+        return "exact, but for `clamp_margin` where the range is open"
+
     def supports(self, op: Op) -> str | None:
         if op.type is not None and op.type.parametric:
             return "it is no function of single entries"
@@ -208,6 +216,7 @@ _enter(vocabulary.hardtanh, preimage.identity, preimage.hardtanh_range, attained
 _enter(vocabulary.hardsigmoid, preimage.hardsigmoid, (0, 1), attained=True)
 
 # Several preimages.
+_enter(vocabulary.absolute, preimage.absolute, (0, math.inf), attained=True)
 _enter(vocabulary.softplus, preimage.softplus, preimage.softplus_range)
 _enter(vocabulary.leaky_relu, preimage.leaky_relu)
 _enter(vocabulary.sin, preimage.sin, (-1, 1), attained=True, principle="minimal")
@@ -223,6 +232,7 @@ class ReluIdentityRule(Rule):
     """The paper's choice for ReLU: the identity map."""
 
     equation = "Sec. 3.4 (a.iii)"
+    accuracy = "approximate: the target itself, also where the unit is off"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op)
@@ -246,6 +256,7 @@ class SinPaperRule(Rule):
     """The paper's choice for sine: normalised into [-1, 1], then the principal arcsine."""
 
     equation = "Sec. 3.4 (a.iii)"
+    accuracy = "approximate: the principal arcsine of the normalised target"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op)
@@ -279,6 +290,7 @@ class PReluRule(Rule):
     """The nearest preimage for every slope: positive, zero (as ReLU) or negative (two branches)."""
 
     equation = "Sec. 3.4 (a)"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op, "weight")

@@ -117,6 +117,8 @@ class AttentionRule(AffineRule):
     """
 
     equation = "Eq. 4 with the weights held"
+    accuracy = "approximate: the weights are held at their forward values"
+    solvers = ("dense",)
 
     def supports(self, op: Op) -> str | None:
         reason = _not_attention(op)
@@ -262,6 +264,8 @@ class MultiheadAttentionRule(Rule):
     """
 
     equation = "Eq. 4 with the weights held"
+    accuracy = "approximate: the weights are held at their forward values"
+    solvers = ("CGLS",)
     damping: float | None = None
     tolerance: float = TOLERANCE
     max_steps: int = MAX_STEPS

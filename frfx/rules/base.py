@@ -204,9 +204,16 @@ class Rule(abc.ABC):
 
     Attributes:
         equation: The paper's equation, or the reference, that the rule implements.
+        accuracy: ``"exact"`` if the answer is what the principle asks for, to rounding: among the
+            minimisers of `||f(x) - y*||`, the one nearest to `x^`, as long as no option damps it or
+            cuts it off. Else ``"exact"`` followed by the exceptions, or ``"approximate: "``
+            followed by what is done instead.
+        solvers: What the inversions may solve with, as the summary names it.
     """
 
     equation: ClassVar[str] = ""
+    accuracy: ClassVar[str] = "not stated"
+    solvers: ClassVar[tuple[str, ...]] = ("closed form",)
 
     def supports(self, op: Op) -> str | None:
         """Return None if the rule can invert the op, or the reason why it cannot.

@@ -220,6 +220,8 @@ class BilinearRule(AffineRule):
     """
 
     equation = "Eq. 4 with one operand held"
+    accuracy = "exact in one operand; of two free ones, the other is held"
+    solvers = ("dense",)
     hold: Literal["left", "right"] = "left"
 
     def __post_init__(self) -> None:

@@ -26,6 +26,8 @@ class ConvolutionRule(SolverRule):
     """
 
     equation = "Eq. 8-20"
+    accuracy = "exact where dense or iterative, to its tolerance; spectral: the circular model's"
+    solvers = ("dense", "spectral", "iterative")
 
     def supports(self, op: Op) -> str | None:
         reason = _one_kernel(op)
@@ -47,6 +49,8 @@ class TransposedConvolutionRule(SolverRule):
     """
 
     equation = "Eq. 4 with the transpose of Eq. 8"
+    accuracy = "exact where dense or iterative, to its tolerance; spectral: the circular model's"
+    solvers = ("dense", "spectral", "iterative")
 
     def supports(self, op: Op) -> str | None:
         return _one_kernel(op)

@@ -61,6 +61,8 @@ class InterpolateRule(AffineRule):
     """
 
     equation = "Eq. 4-7"
+    accuracy = "exact"
+    solvers = ("separable",)
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, *_OPTIONS)  # the size is read off the output

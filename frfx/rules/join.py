@@ -70,7 +70,8 @@ def _joins(op: Op) -> str | None:
 class CatRule(Rule):
     """Concatenation: every free input is its slice of the target; of a tuple, every part."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         reason = _joins(op)
@@ -150,7 +151,8 @@ class StackInversion(Inversion):
 class StackRule(Rule):
     """Stacking along a new dimension: every free input is its entry of the target."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         return _joins(op)
@@ -187,7 +189,8 @@ class PartsInversion(Inversion):
 class SplitRule(Rule):
     """Chunks, splits and unbinding: the parts joined; one that nobody asks for stays."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         indices = op.arguments.get("indices_or_sections")

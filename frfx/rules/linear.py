@@ -21,6 +21,8 @@ class LinearRule(SolverRule):
     """
 
     equation = "Eq. 4-7"
+    accuracy = "exact"
+    solvers = ("dense", "iterative")
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "weight")

@@ -208,6 +208,7 @@ class MaxPoolCopyRule(Rule):
     """
 
     equation = "Sec. 3.4 (b)"
+    accuracy = "approximate: the whole window takes the target, where one entry would do"
 
     def supports(self, op: Op) -> str | None:
         return _refusal(op)
@@ -238,6 +239,9 @@ class MaxPoolMinimalRule(Rule):
     """
 
     equation = "Eq. 4 for max pooling"
+    accuracy = (
+        "exact, but for overlapping windows with equal or contradicting targets: within a bound"
+    )
 
     def supports(self, op: Op) -> str | None:
         return _refusal(op)

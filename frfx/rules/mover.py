@@ -73,7 +73,9 @@ class MoveInversion(FactoredInversion):
 class PatchMergingRule(Rule):
     """Neighbouring patches as channels: a permutation, once odd sizes are padded by zeros."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
+    solvers = ("moved back",)
 
     def supports(self, op: Op) -> str | None:
         return one_input(op)

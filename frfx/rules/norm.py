@@ -30,6 +30,8 @@ class BatchNormRule(AffineRule):
     """
 
     equation = "Eq. 4 for a diagonal"
+    accuracy = "exact"
+    solvers = ("dense",)
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "weight", "running_mean", "running_var")
@@ -241,6 +243,11 @@ class NormalizationRule(AffineRule):
     """
 
     equation = "Eq. 4"
+    accuracy = (
+        'approximate: the statistics are held; with `statistics="free"`, only the '
+        "direction of what is out of reach counts"
+    )
+    solvers = ("closed form", "dense")
     statistics: Literal["forward", "free"] = "forward"
 
     def __post_init__(self) -> None:

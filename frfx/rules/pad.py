@@ -63,6 +63,8 @@ class PadRule(AffineRule):
     """
 
     equation = "Eq. 4-7"
+    accuracy = "exact"
+    solvers = ("closed form", "separable")
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "pad", "padding", "mode")

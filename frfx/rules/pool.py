@@ -123,6 +123,8 @@ class AvgPoolRule(AffineRule):
     """
 
     equation = "Eq. 4-7"
+    accuracy = "exact"
+    solvers = ("separable",)
 
     def supports(self, op: Op) -> str | None:
         windows = ("kernel_size", "stride", "padding")
@@ -163,6 +165,8 @@ class AdaptiveAvgPoolRule(AffineRule):
     """
 
     equation = "Eq. 4-7"
+    accuracy = "exact"
+    solvers = ("separable",)
 
     def supports(self, op: Op) -> str | None:
         return one_input(op)
@@ -204,6 +208,7 @@ class MeanRule(AffineRule):
     """
 
     equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "dim", "keepdim")

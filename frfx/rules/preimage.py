@@ -17,6 +17,11 @@ def identity(y: Tensor, x: Tensor, **_: Any) -> Tensor:
     return y
 
 
+def absolute(y: Tensor, x: Tensor) -> Tensor:
+    """y or -y, whichever has the sign of x; y for neither."""
+    return torch.where(x < 0, -y, y)
+
+
 def softsign(y: Tensor) -> Tensor:
     """`y / (1 - |y|)`."""
     return y / (1 - y.abs())

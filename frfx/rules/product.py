@@ -210,6 +210,8 @@ class ProductRule(AffineRule):
     """
 
     equation = "Eq. 4 for a diagonal; min |ds|^2 + |dx|^2 on {s x = t}"
+    accuracy = 'exact; with `gate="held"`, a gate is held'
+    solvers = ("dense", "closed form", "Newton")
     gate: Gate = "free"
 
     def __post_init__(self) -> None:
@@ -241,6 +243,8 @@ class QuotientRule(AffineRule):
     """
 
     equation = "Eq. 4 for a diagonal; min |da|^2 + |db|^2 on {a = t b}"
+    accuracy = "exact"
+    solvers = ("dense", "closed form")
 
     def supports(self, op: Op) -> str | None:
         if op.arguments.get("rounding_mode") is not None:

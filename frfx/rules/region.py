@@ -125,6 +125,8 @@ class RegionRule(Rule):
     """
 
     equation = "Eq. 4, 6 and 7 for the Jacobian of a whole region"
+    accuracy = "approximate: the region is linearised at its forward values, and damped"
+    solvers = ("CGLS",)
     damping: float | None = None
     tolerance: float = _TOLERANCE
     max_steps: int = MAX_STEPS

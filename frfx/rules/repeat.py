@@ -78,6 +78,7 @@ class RepeatRule(AffineRule):
     """
 
     equation = "Eq. 7"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         if op.type is vocabulary.repeat_interleave:

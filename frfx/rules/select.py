@@ -159,6 +159,7 @@ class SelectRule(Rule):
     """
 
     equation = "Eq. 4-7 for a selection"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         reason = one_input(op, "index", "indices", "dim", "start", "end", "step", "length")

@@ -34,7 +34,8 @@ _RANDOM = (vocabulary.dropout, vocabulary.stochastic_depth)
 class IdentityRule(Rule):
     """`x* = y*`, for identity, and for dropout and stochastic depth in evaluation mode."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         if op.type in _RANDOM and op.module is None and op.arguments["training"]:
@@ -58,7 +59,8 @@ class Cast(Inversion):
 class CastRule(Rule):
     """Another floating-point type or device: the target, or what was rounded to it."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         values = [v for given in op.arguments.values() for v in _flat(given)]
@@ -85,7 +87,8 @@ class Reshape(Inversion):
 class ReshapeRule(Rule):
     """Flatten, reshape, view, squeeze and unsqueeze: the same entries in the input's shape."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         if any(isinstance(value, torch.dtype) for value in op.arguments.get("shape", ())):
@@ -130,7 +133,8 @@ class Permute(Inversion):
 class PermuteRule(Rule):
     """Permutation of dimensions."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op, "dims")
@@ -160,7 +164,8 @@ class Transpose(Inversion):
 class TransposeRule(Rule):
     """Exchange of two dimensions."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op, "dim0", "dim1")
@@ -189,7 +194,8 @@ class Undo(Inversion):
 class MovedimRule(Rule):
     """Moves of dimensions."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op, "source", "destination")
@@ -204,7 +210,8 @@ class MovedimRule(Rule):
 class RollRule(Rule):
     """Cyclic shifts, such as those of Swin's windows."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op, "shifts", "dims")
@@ -220,7 +227,8 @@ class RollRule(Rule):
 class FlipRule(Rule):
     """Reflection of dimensions."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op, "dims")
@@ -234,7 +242,8 @@ class FlipRule(Rule):
 class Rot90Rule(Rule):
     """Quarter turns."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op, "k", "dims")

@@ -33,7 +33,8 @@ class PixelUnshuffle(Inversion):
 class PixelShuffleRule(Rule):
     """The same entries, as channels again."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op, "upscale_factor")
@@ -62,7 +63,8 @@ class PixelShuffle(Inversion):
 class PixelUnshuffleRule(Rule):
     """The same entries, as pixels again."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op, "downscale_factor")
@@ -91,7 +93,8 @@ class ChannelUnshuffle(Inversion):
 class ChannelShuffleRule(Rule):
     """The same entries, in the order that the channels had."""
 
-    equation = "exact"
+    equation = "Eq. 4"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         return one_input(op, "groups")

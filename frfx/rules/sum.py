@@ -91,6 +91,7 @@ class SumRule(AffineRule):
     """
 
     equation = "Eq. 6 for (c_a B_a, c_b B_b)"
+    accuracy = "exact"
 
     def supports(self, op: Op) -> str | None:
         if not op.inputs.keys() <= {"input", "other"}:

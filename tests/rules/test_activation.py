@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -218,6 +219,14 @@ ACTIVATIONS = {
         (-1, 1),
         of("sin", torch, method="sin") | {"aten": aten.sin.default},
         dip=-1.0,
+    ),
+    "abs": Activation(
+        type("Abs", (nn.Module,), {"forward": lambda self, x: torch.abs(x)})(),
+        (0, INF),
+        of("abs", torch, method="abs")
+        | of("absolute", torch, method="absolute")
+        | {"operator": operator.abs, "aten": aten.abs.default},
+        dip=0.0,
     ),
     "silu": Activation(
         nn.SiLU(),
