@@ -55,6 +55,9 @@ LAYERWISE: dict[str, Any] = {"margin": 3.0}
 JOINT: dict[str, Any] = {"margin": 0.1, "steps": 6, "classes": 4, "unreached": "ignore"}
 """Options of the policies; margins are in standard deviations of the logits."""
 
+DENSE: dict[str, Any] = {"constraint": "equality", "steps": 1}
+"""For labels at every pixel, which are a target of the size of the output."""
+
 LARGE: dict[str, Any] = {"solver": "iterative", "damping": 1e-2}
 """For the linear layers of networks with one of more than 2,048 inputs and outputs, whose factor
 would take a minute."""
@@ -97,7 +100,7 @@ SETTINGS = {
     "joint": shown("frfx.policy.joint", JOINT),
     "notes": [
         f"Linear layers of AlexNet and VGG: `{shown('', LARGE)[1:-1]}`.",
-        'Segmentation, joint: `constraint="equality"`.',
+        f"Joint inversion of segmentation networks: `{shown('', DENSE)[1:-1]}`.",
     ],
 }
 

@@ -31,6 +31,9 @@ SHARES = {"first stage": 0.25, "middle": 0.5, "last stage": 0.75}
 _APART = 0.05
 """Share of the convolutions, linear ops and attentions that lies between two cuts at least."""
 
+_DEEPEST = 0.9
+"""Share of the convolutions, linear ops and attentions that lies before a cut at most."""
+
 _NOTHING = 1e-5
 """Weights that torchvision starts at or below this leave a block or a head without effect."""
 
@@ -66,9 +69,9 @@ _SETTINGS = {
     "vit_b_32": Setting(64, options={"image_size": 64}),
     "vit_l_32": Setting(64, options={"image_size": 64}),
     "vit": Setting(32, options={"image_size": 32}),
-    "deeplabv3": Setting(options={"weights_backbone": None}),
-    "fcn": Setting(options={"weights_backbone": None}),
-    "lraspp": Setting(options={"weights_backbone": None}),
+    "deeplabv3": Setting(batch=2, options={"weights_backbone": None}),
+    "fcn": Setting(batch=2, options={"weights_backbone": None}),
+    "lraspp": Setting(batch=2, options={"weights_backbone": None}),
 }
 
 
@@ -183,7 +186,7 @@ def cuts(model: nn.Module, x: Tensor) -> dict[str, tuple[str, float]]:
     last: dict[int, fx.Node] = {}
     for node in (n for n in _chain(network, parametric) if n in tensors):
         last[len(parametric & (nx.ancestors(network.flow, node) | {node}))] = node
-    stem, *depths = [depth for depth in sorted(last) if 0 < depth < total]
+    stem, *depths = [depth for depth in sorted(last) if 0 < depth <= _DEEPEST * total]
     chosen = _nearest(depths, [share * total for share in SHARES.values()], _APART * total)
     places = {"stem": stem, **dict(zip(SHARES, chosen, strict=True))}
     paths = network.traced.paths

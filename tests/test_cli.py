@@ -45,6 +45,67 @@ def test_layers_of_a_branching_network():
     assert "branches between its layers" in result.output
 
 
+UNSUPPORTED = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = x.flatten(1).cumsum(1)
+        x = torch.tanh(x + x.sin())
+        return self.fc(x).cumprod(1)
+"""
+
+
+@pytest.fixture
+def unsupported(tmp_path):
+    path = tmp_path / "network.py"
+    path.write_text(UNSUPPORTED)
+    return f"{path}:Block"
+
+
+def test_layers_down_to_a_layer(tmp_path):
+    arguments = ["layers", "torchvision:resnet18", "--upto", "layer3.1", "--policy", "minimal"]
+    result = run(app, arguments, env={"COLUMNS": "40"})
+    assert result.exit_code == 0, result.output
+    model = models.load_model("torchvision:resnet18", None)
+    found = frfx.layers(model, upto_layer="layer3.1", policy="minimal")
+    assert result.stdout.rstrip() == str(found)
+    assert "RegionRule, a region from 'layer3.1.relu_1'" in result.stdout
+    result = run(app, [*arguments, "--branches", "rules"])
+    policy = frfx.policy.minimal(branches="rules")
+    assert result.stdout.rstrip() == str(frfx.layers(model, upto_layer="layer3.1", policy=policy))
+    assert "SumRule" in result.stdout
+    result = run(app, ["layers", "paper:digits", "--upto", "1"])
+    digits = models.load_model("paper:digits", None)
+    assert result.stdout.rstrip() == str(frfx.layers(digits, upto_layer=1))
+
+
+@pytest.mark.parametrize("branches", ["region", "rules"])
+def test_layers_down_to_a_layer_that_cannot_be_reached(unsupported, branches):
+    result = run(app, ["layers", unsupported, "--upto", "flatten", "--branches", branches])
+    assert result.exit_code == 1
+    assert result.stdout.count("not supported") == 2
+    assert "2 ops between the layer and the output cannot be inverted" in result.stdout
+    for text in ('cumsum: "cumsum"', "reason: no rule is registered for it", "way out: @frfx.reg"):
+        assert text in result.stdout
+    result = run(app, ["layers", unsupported, "--upto", "fc"])
+    assert result.exit_code == 1
+    assert "cumprod" in result.stdout
+    assert "cumsum" not in result.stdout
+
+
+def test_invert_says_what_is_not_supported(unsupported):
+    result = run(app, ["invert", unsupported, "--upto", "flatten"])
+    assert result.exit_code == 1
+    assert "UnsupportedOpsError: 2 ops between" in result.stderr
+    assert "Traceback" not in result.output
+
+
 def test_invert_writes_what_the_library_computes(weights, tmp_path):
     output, figure = tmp_path / "out" / "features.safetensors", tmp_path / "maps.png"
     result = run(
@@ -149,7 +210,9 @@ def test_demo_runs(tmp_path):
         (["invert", "paper:digits", "--upto", "conv9"], "Did you mean 'conv"),
         (["invert", "paper:digits", "--upto", "1", "--policy", "papre"], "Did you mean 'paper'"),
         (["invert", "paper:digits", "--upto", "1", "--data", "mnist:nowhere"], "DataError"),
-        (["invert", "torchvision:resnet18", "--upto", "layer4.0"], "UnsupportedOpsError"),
+        (["layers", "paper:digits", "--upto", "conv9"], "Did you mean 'conv"),
+        (["layers", "paper:digits", "--upto", "1", "--policy", "papre"], "Did you mean 'paper'"),
+        (["layers", "paper:digits", "--upto", "1", "--branches", "rule"], "branches='rule'"),
         (["demo", "--data", "mnist"], "DataError"),
     ],
 )

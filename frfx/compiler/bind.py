@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from frfx import ops
@@ -18,6 +19,12 @@ _SHAPE_METHODS = frozenset(
     {"size", "dim", "ndimension", "numel", "nelement", "stride", "get_device", "type"}
 )
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
+
+_FRESH = frozenset(
+    f"{how}_{what}" if how == "new" else f"{what}_{how}"
+    for how in ("new", "like")
+    for what in ("zeros", "ones", "full", "empty", "rand", "randn")
+)
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -44,6 +51,17 @@ def _is_shape_query(node: fx.Node) -> bool:
     if node.target is getattr:
         return node.args[1] in _SHAPE_ATTRIBUTES
     return node.target is len or "sym_size" in str(node.target)
+
+
+def is_fresh(node: fx.Node) -> bool:
+    """Tell whether a node makes a tensor of the size and type of another, whatever its values."""
+    if node.op == "call_method":
+        return node.target in _FRESH
+    if isinstance(node.target, torch._ops.OpOverload):
+        namespace, _, name = node.target.name().partition("::")
+        return namespace == "aten" and name.partition(".")[0] in _FRESH
+    name = getattr(node.target, "__name__", "")
+    return name in _FRESH and node.target is getattr(torch, name, None)
 
 
 def spelling(node: fx.Node, root: nn.Module) -> Hashable:

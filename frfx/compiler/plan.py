@@ -15,6 +15,7 @@ from frfx.compiler.bind import bind, op_type
 from frfx.compiler.regions import (
     Region,
     between,
+    branches,
     joint_regions,
     links,
     region,
@@ -219,12 +220,12 @@ class _Planner:
     def link(self, start: fx.Node, end: fx.Node) -> None:
         """Invert what lies between two neighbours that all paths lead through."""
         inside = between(self._network, start, end)
-        nodes = [n for n in self._network.traced.graph.nodes if n in inside] + [end]
         op = self._bind(end, {start, *inside})
-        if not self._is_path(start, nodes) and self._policy.branches_at(op) == "region":
+        if branches(self._network, start, end) and self._policy.branches_at(op) == "region":
             self._region(op, start, end)
         else:
-            for node in reversed(nodes):
+            nodes = (node for node in self._network.traced.graph.nodes if node in inside)
+            for node in (end, *reversed(tuple(nodes))):
                 self._op(node, {start, *inside})
 
     def _region(self, op: Op, start: fx.Node, end: fx.Node) -> None:
@@ -234,18 +235,10 @@ class _Planner:
             reason = "a region ends in it, and the policy gives it a rule for the op alone"
             remedy = f'policy.override(node={op.path!r}, rule=..., branches="rules")'
             self._problems.append(_problem(op, reason, rule, remedy))
-            self.answered.add(start)
+            self.answered.add(start)  # so that every problem is found
         else:
             op, *_ = region(self._network, start, end)
             self._add(op, end, self._policy.rule_for(op))
-
-    def _is_path(self, start: fx.Node, nodes: list[fx.Node]) -> bool:
-        """Tell whether one op leads to the next, as from a tuple to the one part that is used."""
-        reads_one = all(len(self._bind(node, {start, *nodes}).free) == 1 for node in nodes)
-        within = [
-            set(nodes).intersection(self._network.flow.successors(n)) for n in (start, *nodes)
-        ]
-        return reads_one and all(len(readers) <= 1 for readers in within)
 
     def _op(self, node: fx.Node, reached: set[fx.Node]) -> None:
         """Invert one op by its rule, if there is a target for it."""

@@ -9,7 +9,7 @@ import networkx as nx
 from torch import fx
 
 from frfx import vocabulary
-from frfx.compiler.bind import bind, live_nodes, op_type
+from frfx.compiler.bind import bind, is_fresh, live_nodes, op_type
 from frfx.compiler.trace import Traced
 from frfx.errors import LayerError, UnsupportedOp, nearest
 
@@ -107,7 +107,9 @@ class Network:
         for node in traced.graph.nodes:
             if node in self.live:
                 self.flow.add_node(node)
-                self.flow.add_edges_from((s, node) for s in node.all_input_nodes if s in self.live)
+                if not is_fresh(node):
+                    sources = (s for s in node.all_input_nodes if s in self.live)
+                    self.flow.add_edges_from((source, node) for source in sources)
         if output not in self.live or not nx.has_path(self.flow, traced.input, output):
             raise LayerError("the model's output does not depend on its input")
 

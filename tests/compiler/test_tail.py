@@ -13,6 +13,7 @@ from frfx import networks
 from frfx.compiler.tail import Network, Tail
 from frfx.compiler.trace import trace
 from frfx.view import evaluation_view
+from tests.oracles import invert, normal
 
 
 def network_of(model: nn.Module) -> Network:
@@ -234,3 +235,24 @@ def test_layers_is_a_sequence():
     assert repr(rows) == str(rows)
     width = {len(line) for line in str(rows).splitlines()}
     assert len(width) == 1
+
+
+@pytest.mark.parametrize(
+    "fresh",
+    [
+        lambda x: x.new_zeros(x.shape),
+        lambda x: x.new_full(x.shape, 2.0),
+        lambda x: torch.zeros_like(x),
+        lambda x: torch.ones_like(x) * 3,
+        lambda x: torch.ops.aten.full_like.default(x, 2.0),
+        lambda x: torch.ops.aten.new_ones.default(x, [3, 5]),
+    ],
+)
+@pytest.mark.parametrize("branches", ["region", "rules"])
+def test_a_tensor_made_of_sizes_is_no_branch(fresh, branches):
+    """What is added to the feature does not depend on its values: the sum is a shift of it."""
+    x, target = normal(1, 3, 5), normal(2, 3, 5)
+    inverse = invert(lambda x: x + fresh(x), frfx.policy.minimal(branches=branches))
+    assert [row.op for row in inverse.summary()] == ["argmax", "add"]
+    shift = fresh(x)
+    torch.testing.assert_close(inverse(x, target), target - shift, rtol=1e-12, atol=1e-12)

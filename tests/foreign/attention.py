@@ -271,9 +271,9 @@ NETWORKS = {
     "gpt": Foreign(
         PixelGpt,
         (12, 10),
-        ("add", "transformer.h.0"),
+        ("add",),
         "torch.export",
     ),
-    "gated": Foreign(GatedCnn, (3, 10, 10), ("conv", "spatial"), "torch.export"),
+    "gated": Foreign(GatedCnn, (3, 10, 10), ("conv",), "torch.export"),
     "mobilevit": Foreign(MobileVit, (3, 16, 16), ("conv1", "conv2", "conv3")),
 }

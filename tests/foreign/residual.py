@@ -280,7 +280,7 @@ NETWORKS = {
     "cifar_resnet": Foreign(CifarResNet, (3, 12, 12), ("relu", "layer1", "layer2.0")),
     "option_a_resnet": Foreign(OptionAResNet, (3, 12, 12), ("relu", "block1", "block2.conv1")),
     "wide_resnet": Foreign(WideResNet, (3, 12, 12), ("conv1", "block1.0", "block2")),
-    "pyramidnet": Foreign(PyramidNet, (3, 12, 12), ("layer1.0", "layer1"), "torch.export"),
+    "pyramidnet": Foreign(PyramidNet, (3, 12, 12), ("layer1.0",), "torch.export"),
     "recurrent_cnn": Foreign(RecurrentCnn, (3, 12, 12), ("stem", "rcnn.0", "add")),
     "repvgg": Foreign(RepVgg, (3, 12, 12), ("stage0", "stage1.0", "stage1.1")),
     "convmixer": Foreign(ConvMixer, (3, 12, 12), ("2", "3.0", "4")),
