@@ -15,7 +15,7 @@ from frfx.linalg.cgls import cgls, largest_singular_value
 from frfx.linalg.iterative import MAX_STEPS
 from frfx.linalg.jacobian import Jacobian
 from frfx.linalg.pseudo_inverse import solve_dtype
-from frfx.ops import Op, Shape
+from frfx.ops import Op
 from frfx.registry import register_rule
 from frfx.rules.base import Inversion, Rule, Unconverged, check_iteration, report_convergence
 from frfx.view import in_precision
@@ -45,7 +45,6 @@ class RegionInversion(Inversion):
         assert isinstance(op.module, fx.GraphModule)
         count = sum(node.op.startswith("call_") for node in op.module.graph.nodes)
         self.reason = f"a region of {count} ops"
-        self._coupled: dict[Shape, bool] = {}
 
     @torch.compiler.disable
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
@@ -66,9 +65,7 @@ class RegionInversion(Inversion):
 
     def _step(self, jacobian: Jacobian, residual: Tensor, feature: Tensor) -> Tensor:
         shape = tuple(feature.shape)
-        if shape not in self._coupled:
-            self._coupled[shape] = jacobian.couples_samples()
-        if self._coupled[shape]:
+        if jacobian.couples_samples():  # asked anew: other weights may couple what these do not
             jacobian.systems = 1
         residual = residual.reshape(jacobian.systems, -1)
         shift: Tensor | float = 0.0

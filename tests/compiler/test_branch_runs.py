@@ -17,7 +17,7 @@ import frfx
 from frfx import vocabulary
 from tests.branch_walks import A, B, Blocks, by_sample, exact, near, residual_block
 from tests.networks_zoo import snapshot
-from tests.oracles import invert, jacobian, normal, relative
+from tests.oracles import Apply, invert, jacobian, normal, relative
 
 BRANCHES = ["region", "rules"]
 
@@ -86,6 +86,13 @@ def test_frames_that_are_folded_into_the_batch():
     inverse = invert(function, exact(), a=A)
     found = inverse(x, function(wanted, A))
     assert relative(found, by_sample(lambda v: function(v, A), x, function(wanted, A))) < 1e-8
+    weight = torch.zeros(6, 6, dtype=torch.float64)
+    model = Apply(function, a=weight).eval()  # as of layers that begin as the identity
+    inverse = frfx.invert(model, "x", policy=exact())
+    assert relative(inverse(x, wanted), wanted) < 1e-12
+    with torch.no_grad():
+        model.a.copy_(A)
+    assert relative(inverse(x, function(wanted, A)), found) < 1e-8
 
 
 # --- sizes, types, modes ---
