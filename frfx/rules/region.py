@@ -15,7 +15,7 @@ from frfx.linalg.cgls import cgls, largest_singular_value
 from frfx.linalg.iterative import MAX_STEPS
 from frfx.linalg.jacobian import Jacobian
 from frfx.linalg.pseudo_inverse import solve_dtype
-from frfx.ops import Op
+from frfx.ops import Op, Shape
 from frfx.registry import register_rule
 from frfx.rules.base import Inversion, Rule, Unconverged, check_iteration, report_convergence
 from frfx.view import in_precision
@@ -45,6 +45,7 @@ class RegionInversion(Inversion):
         assert isinstance(op.module, fx.GraphModule)
         count = sum(node.op.startswith("call_") for node in op.module.graph.nodes)
         self.reason = f"a region of {count} ops"
+        self._coupling: tuple[tuple, bool] | None = None
 
     @torch.compiler.disable
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class RegionInversion(Inversion):
 
     def _step(self, jacobian: Jacobian, residual: Tensor, feature: Tensor) -> Tensor:
         shape = tuple(feature.shape)
-        if jacobian.couples_samples():  # asked anew: other weights may couple what these do not
+        if self._couples(jacobian, shape):
             jacobian.systems = 1
         residual = residual.reshape(jacobian.systems, -1)
         shift: Tensor | float = 0.0
@@ -84,6 +85,16 @@ class RegionInversion(Inversion):
         # At once: a compiled graph asks nobody at its end.
         report_convergence(convergence, self.op, self.rule.unconverged)
         return feature + deviation.reshape(shape)
+
+    def _couples(self, jacobian: Jacobian, shape: Shape) -> bool:
+        """Tell whether samples depend on each other: asked anew for other sizes and weights."""
+        tensors = self.op.tensors()
+        if any(tensor.is_inference() for tensor in tensors):  # nobody counts writes to these
+            return jacobian.couples_samples()
+        state = (shape, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+        if self._coupling is None or self._coupling[0] != state:
+            self._coupling = state, jacobian.couples_samples()
+        return self._coupling[1]
 
     @contextlib.contextmanager
     def _derivatives(self) -> Iterator[None]:
