@@ -216,7 +216,7 @@ class Inverse(fx.GraphModule):
             op = stage.step.op
             for part, part_wanted, part_had in stage.parts:
                 path = self.traced.paths[part]
-                nodes.append(NodeValues(path, "select", values[part_wanted], values[part_had]))
+                nodes.append(NodeValues(path, "getitem", values[part_wanted], values[part_had]))
             if _is_comparable(wanted, had):
                 nodes.append(NodeValues(op.path, op.type.name if op.type else "", wanted, had))
             for result in stage.results:

@@ -235,6 +235,7 @@ class _Planner:
             reason = "a region ends in it, and the policy gives it a rule for the op alone"
             remedy = f'policy.override(node={op.path!r}, rule=..., branches="rules")'
             self._problems.append(_problem(op, reason, rule, remedy))
+            self.answered.add(start)  # so that every problem is found
         else:
             op, *_ = region(self._network, start, end)
             self._add(op, end, self._policy.rule_for(op))

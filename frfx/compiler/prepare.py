@@ -333,18 +333,24 @@ class _Probe(fx.Interpreter):
             self.shapes[n] = tuple(value.shape[1:])
             if n.op != "placeholder":
                 self._check(n, value)
-            if n.op == "call_module" and self._is_changed_by_hooks(n, value):
-                self.hooked.add(n)
+        if n in self.live and n.op == "call_module" and self._is_changed_by_hooks(n, value):
+            self.hooked.add(n)
         elif n not in self.live and n.op.startswith("call_") and not isinstance(value, Tensor):
             self.sizes[n.name] = value
         return value
 
-    def _is_changed_by_hooks(self, node: fx.Node, value: Tensor) -> bool:
+    def _is_changed_by_hooks(self, node: fx.Node, value: Any) -> bool:
         module = self.traced.root.get_submodule(str(node.target))
         if not module._forward_pre_hooks and not module._forward_hooks:
             return False
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        return not torch.allclose(module.forward(*args, **kwargs), value)
+        plain = module.forward(*args, **kwargs)
+        if not isinstance(value, tuple):
+            plain, value = (plain,), (value,)
+        return any(
+            isinstance(part, Tensor) and not torch.allclose(part, seen)
+            for part, seen in zip(plain, value, strict=True)
+        )
 
     def _check(self, node: fx.Node, value: Tensor) -> None:
         if _is_finite(value):

@@ -148,6 +148,10 @@ def test_a_rule_for_the_op_that_a_region_ends_in():
     assert caught.value.ops[0].remedy == (
         "policy.override(node='add', rule=..., branches=\"rules\")"
     )
+    both = policy.override(node="add_1", rule=rules.SumRule())
+    with pytest.raises(frfx.UnsupportedOpsError) as caught:
+        invert(twice, both, a=A)
+    assert [op.path for op in caught.value.ops] == ["add", "add_1"]
     policy = policy.override(node="add", rule=rules.SumRule(), branches="rules")
     assert dict(steps(invert(twice, policy, a=A)))["add"] == "add"
 

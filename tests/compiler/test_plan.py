@@ -233,6 +233,25 @@ def test_a_hook_that_changes_a_value_is_a_reason(hooks):
     torch.testing.assert_close(behind.reconstruct(x, y)["1"].forward, hooked(**hooks)[:2](x))
 
 
+def test_a_hook_that_changes_a_part_of_a_tuple_is_a_reason():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    model, x = Attention().eval(), torch.randn(2, 3, 4)
+    inverse = frfx.invert(model, "x", policy=RULES)
+    assert inverse(x, model(x).detach()).shape == x.shape
+    model.attention.register_forward_hook(lambda module, args, output: (2 * output[0], output[1]))
+    with pytest.raises(frfx.UnsupportedOpsError, match="a hook of the module changes its value"):
+        frfx.invert(model, "x", policy=RULES)(x, model(x).detach())
+    whole = frfx.invert(model, "x")  # a region runs its hooks
+    torch.testing.assert_close(whole(x, model(x).detach()), x)
+
+
 def test_a_hook_that_looks_on_is_none():
     seen = []
     model = hooked(
