@@ -100,12 +100,26 @@ def test_a_batch_folded_with_places():
         invert("mobilevit", "add", frfx.policy.joint())(x, y)
 
 
-def test_image_sizes_that_export_cannot_reason_about():
-    """ShuffleNet pools, splits and folds by sizes: its graph fits the images of the example."""
-    _, x, y = subject("shufflenet")
-    inverse = invert("shufflenet", "layer1.0", frfx.policy.joint())
+class OneSize(nn.Module):
+    """A forward that takes images of one size only, and says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] != (10, 10):
+            raise ValueError("images of 10 x 10")
+        return self.fc(torch.tanh(self.conv(x)).flatten(1))
+
+
+def test_image_sizes_that_export_has_fixed():
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 10, 10), torch.arange(4)
+    inverse = frfx.invert(OneSize().eval(), "conv", policy="joint", example_input=x)
+    assert inverse.traced.front_end == "torch.export"
     assert inverse.traced.sizes == (None, 3, 10, 10)
-    assert inverse(x[:2], y[:2]).shape[0] == 2
+    assert inverse(x[:2], y[:2]).shape == (2, 4, 8, 8)
     with pytest.raises(frfx.InputError, match=r"to the shape \(any, 3, 10, 10\).*\(4, 3, 14, 14\)"):
         inverse(torch.randn(4, 3, 14, 14), y)
 

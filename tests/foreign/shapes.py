@@ -158,14 +158,12 @@ class TNet(nn.Module):
         self.k = k
 
     def forward(self, x: Tensor) -> Tensor:
-        batchsize = x.size()[0]
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = torch.max(x, 2, keepdim=True)[0]
         x = x.view(-1, 12)
         x = self.fc2(F.relu(self.bn4(self.fc1(x))))
         iden = torch.from_numpy(np.eye(self.k).flatten().astype(np.float32)).view(1, self.k**2)
-        iden = iden.repeat(batchsize, 1)
         x = x + iden
         return x.view(-1, self.k, self.k)
 

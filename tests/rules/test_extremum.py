@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles import integers, invert, normal, reconstruct, window_distance
 
@@ -25,8 +26,13 @@ SPELLINGS = {
 }
 
 
+@functools.cache
+def inverse_of(name):
+    """Return the compiled inverse of a network that is one of these."""
+    return invert(SPELLINGS[name][0])
+
+
 @pytest.mark.parametrize("name", SPELLINGS)
-@settings(max_examples=10)
 @given(seed=st.integers(0, 10**6), ties=st.booleans())
 def test_nearest(name, seed, ties):
     function, dims, sign = SPELLINGS[name]
@@ -34,8 +40,8 @@ def test_nearest(name, seed, ties):
     x = draw(seed, 2, 2, 3, 2)
     output = function(x)
     target = draw(seed + 1, *output.shape)
-    found = reconstruct(function, x, target)
-    assert torch.equal(function(found), target)
+    found = inverse_of(name)(x, target)
+    torch.testing.assert_close(function(found), target, rtol=1e-12, atol=1e-12)
     kept = [dim for dim in range(4) if dim not in dims]
     rows = [v.permute(*kept, *dims).flatten(len(kept)) for v in (sign * x, sign * found)]
     wanted = (sign * target).reshape(rows[0].shape[:-1])
