@@ -1,0 +1,128 @@
+"""Commands: `nox -s paper -- table mnist --data PATH`, `nox -s paper -- figure 5 ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+import frfx
+from frfx import data
+from paper import baseline, runs
+from paper.records import Cell, Store
+from paper.settings import BENCHMARKS, METHODS, STAGES, Benchmark
+from paper.study import Study
+
+console = Console(width=150)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", help="The folder of the data set, or KIND:PATH as frfx.data.load reads it."
+    ),
+]
+Output = Annotated[Path, typer.Option(help="Where baseline, records, tables and plots go.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch.")]
+
+
+def benchmark_named(name: str) -> Benchmark:
+    """Return a benchmark, or say which there are."""
+    if name not in BENCHMARKS:
+        raise typer.BadParameter(f"no data set {name!r}: {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def read(benchmark: Benchmark, where: str) -> tuple[data.Images, data.Images]:
+    """Return the images to train and to test on, which must fit the network."""
+    spec = where
+    if ":" not in where:
+        spec = f"{benchmark.data}:{where}" if where else benchmark.data
+    size = None if benchmark.data in ("digits", "mnist") else benchmark.spec.input_shape[1:]
+    kind = spec.partition(":")[0]
+    resized = size if kind in ("imagenette", "imagewoof", "imagefolder") else None
+    train, test = (data.load(spec, split=split, size=resized) for split in ("train", "test"))
+    for images in (train, test):
+        found, wanted = tuple(images.images.shape[1:]), benchmark.spec.input_shape
+        if found != wanted or len(images.classes) != benchmark.spec.linear[-1]:
+            raise frfx.DataError(
+                f"{spec} has images of shape {found} in {len(images.classes)} classes; the network "
+                f"{benchmark.name!r} takes {wanted} in {benchmark.spec.linear[-1]}"
+            )
+    return train, test
+
+
+def chosen_pairs(benchmark: Benchmark, text: str) -> list[tuple[int, int]]:
+    """Return pairs written as "0,3 1,3"; "all" for those of the paper's table."""
+    if text == "all":
+        return benchmark.pairs()
+    pairs = []
+    for part in text.split():
+        try:
+            l_s, l_r = map(int, part.split(","))
+        except ValueError:
+            raise typer.BadParameter(f"{part!r} is no pair l_S,l_R") from None
+        if (l_s, l_r) not in benchmark.pairs():
+            raise typer.BadParameter(f"the {benchmark.name} network has no pair {part}")
+        pairs.append((l_s, l_r))
+    return pairs
+
+
+def chosen_methods(text: str) -> list[str]:
+    """Return methods written as "bp,fr"."""
+    names = text.split(",")
+    if unknown := set(names) - set(METHODS):
+        raise typer.BadParameter(f"no method {sorted(unknown)}: {', '.join(METHODS)}")
+    return names
+
+
+@app.command()
+def table(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}.")],
+    where: Data = "",
+    seeds: Annotated[int, typer.Option("--runs", min=1)] = 10,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    pairs: Annotated[str, typer.Option(help='"all", or some, as in "0,3 1,3".')] = "all",
+    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}.")] = "bp,fr,hold",
+    alpha: Annotated[float | None, typer.Option(help="Instead of the paper's.")] = None,
+    output: Output = Path("paper-results"),
+    device: Device = "cpu",
+    threads: Threads = 1,
+    at_once: Annotated[
+        int, typer.Option(min=1, help="Seeds trained at once: pays on a GPU, hardly on a CPU.")
+    ] = 1,
+) -> None:
+    """Post-train every pair by every method from one baseline, and tabulate the accuracies."""
+    torch.set_num_threads(threads)
+    benchmark = benchmark_named(name)
+    folder = output / name
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = read(benchmark, where)
+    model, facts = baseline.obtain(benchmark, train, test, folder, device)
+    console.print(f"{name}: baseline {facts['accuracy']:.2f} % after {facts['epochs']} epochs")
+    study = Study(model, train, test)
+    cells = [
+        Cell(name, *pair, method, seed)
+        for pair in chosen_pairs(benchmark, pairs)
+        for seed in range(seeds)
+        for method in chosen_methods(methods)
+    ]
+    runs.run_cells(
+        study,
+        Store(folder / "records"),
+        cells,
+        alpha=benchmark.spec.alpha if alpha is None else alpha,
+        epochs=epochs,
+        fingerprint=facts["sha256"],
+        stages=STAGES,
+        at_once=at_once,
+        tell=console.print,
+    )
+
+
+if __name__ == "__main__":
+    app()
