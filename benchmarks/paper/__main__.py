@@ -11,13 +11,19 @@ from rich.console import Console
 
 import frfx
 from frfx import data
-from paper import baseline, runs
+from paper import baseline, cost, pages, runs
 from paper.records import Cell, Store
 from paper.settings import BENCHMARKS, METHODS, STAGES, Benchmark
 from paper.study import Study
 
 console = Console(width=150)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+@app.callback()
+def main() -> None:
+    """Reproduce the tables and figures of the FR-PT paper from real data."""
+
 
 Data = Annotated[
     str,
@@ -95,6 +101,9 @@ def table(
     at_once: Annotated[
         int, typer.Option(min=1, help="Seeds trained at once: pays on a GPU, hardly on a CPU.")
     ] = 1,
+    measure_costs: Annotated[
+        bool, typer.Option("--costs/--no-costs", help="Whether to measure time and memory.")
+    ] = True,
 ) -> None:
     """Post-train every pair by every method from one baseline, and tabulate the accuracies."""
     torch.set_num_threads(threads)
@@ -105,23 +114,35 @@ def table(
     model, facts = baseline.obtain(benchmark, train, test, folder, device)
     console.print(f"{name}: baseline {facts['accuracy']:.2f} % after {facts['epochs']} epochs")
     study = Study(model, train, test)
+    names = chosen_methods(methods)
     cells = [
         Cell(name, *pair, method, seed)
         for pair in chosen_pairs(benchmark, pairs)
         for seed in range(seeds)
-        for method in chosen_methods(methods)
+        for method in names
     ]
-    runs.run_cells(
+    weight = benchmark.spec.alpha if alpha is None else alpha
+    records = runs.run_cells(
         study,
         Store(folder / "records"),
         cells,
-        alpha=benchmark.spec.alpha if alpha is None else alpha,
+        alpha=weight,
         epochs=epochs,
         fingerprint=facts["sha256"],
         stages=STAGES,
         at_once=at_once,
         tell=console.print,
     )
+    file = folder / "costs.json"
+    costs = pages.load_costs(file)
+    if measure_costs:
+        for pair in dict.fromkeys(cell.pair for cell in cells):
+            if not set(costs.get(pair, ())) >= set(names):
+                costs[pair] = cost.measure(study, pair, names, weight)
+                pages.save_costs(costs, file)
+    written = pages.write(name, records, costs, facts, folder)
+    console.print((folder / "table.md").read_text(), markup=False, soft_wrap=True)
+    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 
 if __name__ == "__main__":
