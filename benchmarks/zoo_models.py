@@ -13,6 +13,7 @@ from typing import Any
 import networkx as nx
 import torch
 import torchvision
+from frfx.compiler.view import evaluation_view
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +21,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from frfx.compiler.prepare import run_forward
 from frfx.compiler.tail import Network
 from frfx.compiler.trace import trace
-from frfx.compiler.view import evaluation_view
 
 CLASSIFIERS: list[str] = torchvision.models.list_models(module=torchvision.models)
 SEGMENTERS: list[str] = torchvision.models.list_models(module=torchvision.models.segmentation)

@@ -236,8 +236,6 @@ def test_tiny_imagenet_with_an_unknown_class(tmp_path: Path) -> None:
     write_tiny_imagenet(tmp_path)
     marked = tmp_path / "tiny-imagenet-200/val/val_annotations.txt"
     marked.write_text("val_0.JPEG\tn7\t0\t0\t1\t1\n")
-        "val_0.JPEG\tn7\t0\t0\t1\t1\n"
-    )
     with pytest.raises(DataError, match=r"not in wnids\.txt: n7"):
         load(f"tiny-imagenet:{tmp_path}", split="test")
 

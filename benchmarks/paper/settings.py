@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from frfx import networks
 
@@ -22,13 +23,16 @@ class Method:
         name: As on the command line.
         label: As in the tables.
         targets: ``"none"`` trains by backpropagation alone (alpha 0); ``"forward"`` holds the
-            feature where the baseline has it, which knows of no label; anything else is the policy
-            of `frfx.invert` that reconstructs the feature.
+            feature where the baseline has it, which knows of no label; a key of
+            `paper.study.EMBEDDINGS` embeds the label at the logits; anything else is the policy of
+            `frfx.invert` that reconstructs the feature.
+        loss: Of the reconstruction, ``"mse"`` (Eq. 2) or ``"l1"``.
     """
 
     name: str
     label: str
     targets: str
+    loss: Literal["mse", "l1"] = "mse"
 
 
 METHODS = {
@@ -39,6 +43,10 @@ METHODS = {
         Method("hold", "hold", "forward"),
         Method("fr-minimal", "FR, minimal", "minimal"),
         Method("fr-joint", "FR, joint", "joint"),
+        # Source: FR-PT, Section 4.2, for the last layer alone.
+        Method("one-hot", "one-hot", "one-hot"),
+        Method("ma", "MA", "maximum-assignment", loss="l1"),
+        Method("ne", "NE", "nearest-embedding"),
     )
 }
 

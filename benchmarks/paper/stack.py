@@ -53,6 +53,9 @@ class Stack:
         self.optimizer = torch.optim.Adam(list(self.weights.values()), lr=LEARNING_RATE)
         kinds = [method.targets for method in self.methods]
         self.reconstructing = [i for i, kind in enumerate(kinds) if kind != "none" and alpha > 0]
+        self.losses_taken = [self.methods[i].loss for i in self.reconstructing]
+        absolute = [loss == "l1" for loss in self.losses_taken]
+        self.absolute = torch.tensor(absolute, dtype=torch.bool, device=study.device)
         self.targets = [study.targets(pair[1], kinds[i]) for i in self.reconstructing]
         alphas = torch.zeros(len(kinds), device=study.device)
         alphas[self.reconstructing] = alpha
@@ -99,8 +102,11 @@ class Stack:
         targets = torch.stack([targets[index] for targets in self.targets], dim=1)
         if len(self.reconstructing) < len(self.methods):
             features = features[:, self.reconstructing]
-        squares = (features - targets).square().flatten(2).mean(-1)
-        weighed = self.alphas[self.reconstructing] * squares
+        deviations = (features - targets).flatten(2)
+        reconstruction = deviations.square().mean(-1)
+        if "l1" in self.losses_taken:
+            reconstruction = torch.where(self.absolute, deviations.abs().mean(-1), reconstruction)
+        weighed = self.alphas[self.reconstructing] * reconstruction
         return loss.index_add(1, torch.tensor(self.reconstructing, device=loss.device), weighed)
 
     def step(self, index: Tensor) -> None:

@@ -11,13 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import frfx
-from frfx import data
+from frfx import data, rules
 
 CHUNK = 1000
 """Images that pass through a frozen part at once."""
 
 WHOLE = 2**30
 """Bytes up to which normalised images are kept; more are normalised batch by batch."""
+
+EMBEDDINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "one-hot": rules.one_hot,
+    "maximum-assignment": rules.maximum_assignment,
+    "nearest-embedding": rules.nearest_embedding,
+}
+"""Labels as logits: functions of the forward logits and the labels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +115,11 @@ class Study:
 
         Args:
             l_r: The layer.
-            kind: ``"forward"`` for the baseline's own feature, or a policy of `frfx.invert`.
+            kind: ``"forward"`` for the baseline's own feature, a key of `EMBEDDINGS` for the
+                logits, or a policy of `frfx.invert`.
+
+        Raises:
+            frfx.LayerError: If labels are to be embedded below the logits.
         """
         if any(layer != l_r for layer, _ in self._targets):
             self._targets.clear()
@@ -117,6 +128,10 @@ class Study:
             if kind == "forward":
                 front = self.part(0, l_r)
                 compute = lambda x, _: front(x)  # noqa: E731
+            elif kind in EMBEDDINGS:
+                if l_r != self.n_layers:
+                    raise frfx.LayerError(f"{kind} gives logits, not the feature of layer {l_r}")
+                compute = lambda x, y: EMBEDDINGS[kind](self.model(x), y)  # noqa: E731
             else:
                 compute = frfx.invert(self.model, l_r, policy=kind)
             self._targets[l_r, kind] = self._collect(self.train, compute)

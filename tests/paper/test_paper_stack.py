@@ -125,6 +125,31 @@ def test_losses_and_gradients_are_those_of_post_training(
         torch.testing.assert_close(weight.grad[0, 1], wanted, rtol=1e-3, atol=1e-5)
 
 
+def test_embeddings_are_trained_with_their_own_losses(study: Study) -> None:
+    names = ["bp", "one-hot", "ma", "ne", "fr"]
+    stack = Stack(study, (3, 4), [METHODS[name] for name in names], [0], ALPHA, BATCH)
+    rows = torch.arange(10)
+    x, y = next(iter(study.train.batches(10)))
+    logits = study.model(x)
+    # Written out, entry by entry: a tie of the label with the largest, or with those in its way.
+    one_hot, assigned = torch.zeros_like(logits), logits.clone()
+    for i, label in enumerate(y.tolist()):
+        one_hot[i, label] = 1
+        assigned[i, label] = logits[i].max()
+    losses = stack.losses(rows.unsqueeze(0))[0].detach()
+    entropy = F.cross_entropy(logits, y)
+
+    def mixed(reconstruction: Tensor) -> Tensor:
+        return (1 - ALPHA) * entropy + ALPHA * reconstruction
+
+    torch.testing.assert_close(losses[0], entropy)
+    torch.testing.assert_close(losses[1], mixed(F.mse_loss(logits, one_hot)))
+    torch.testing.assert_close(losses[2], mixed(F.l1_loss(logits, assigned)))
+    torch.testing.assert_close(losses[3], losses[4])  # the paper's policy embeds so
+    with pytest.raises(frfx.LayerError, match="gives logits"):
+        Stack(study, (2, 3), [METHODS["ma"]], [0], ALPHA, BATCH)
+
+
 def test_a_stack_goes_on_where_another_one_was(study: Study) -> None:
     def made() -> Stack:
         return Stack(study, (0, 2), [METHODS["bp"], METHODS["fr"]], [1, 2], ALPHA, BATCH)
