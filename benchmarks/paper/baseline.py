@@ -19,21 +19,34 @@ from paper.settings import BATCH_SIZE, LEARNING_RATE, Benchmark
 
 
 def train(
-    model: nn.Module, images: data.Images, test: data.Images, seed: int = 0
+    model: nn.Module,
+    images: data.Images,
+    test: data.Images,
+    seed: int = 0,
+    every: int | None = None,
 ) -> Iterator[float]:
-    """Train a network by backpropagation; yield the test accuracy in % after every epoch."""
+    """Train a network by backpropagation; yield the test accuracy in % after every epoch.
+
+    Args:
+        model: Trained in place.
+        images: To train on.
+        test: To measure the accuracy on.
+        seed: Of the order of the batches.
+        every: Yield after so many batches instead.
+    """
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     batches = images.batches(batch_size(images), shuffle=True, generator=generator, device=device)
+    every, count = every or len(batches), 0
     while True:
-        model.train()
         for x, y in batches:
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
-        model.eval()
-        yield 100 * frfx.accuracy(model, test.batches(1000, device=device))
+            count += 1
+            if count % every == 0:
+                yield 100 * frfx.accuracy(model, test.batches(1000, device=device))
 
 
 def batch_size(images: data.Images) -> int:
