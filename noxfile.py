@@ -99,3 +99,10 @@ def zoo(session: nox.Session) -> None:
     """Invert every network of torchvision to four depths; arguments go to benchmarks/zoo.py."""
     install(session, "cli")
     session.run("python", "benchmarks/zoo.py", *session.posargs)
+
+
+@nox.session
+def paper(session: nox.Session) -> None:
+    """Reproduce the paper's tables and figures; arguments go to benchmarks/paper."""
+    install(session, "cli", groups=("paper",))
+    session.run("python", "-m", "paper", *session.posargs, env={"PYTHONPATH": "benchmarks"})

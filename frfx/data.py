@@ -5,25 +5,28 @@ Nothing is ever downloaded. The readers are torchvision's and scikit-learn's (th
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from frfx import image_files
 from frfx.errors import DataError, nearest
+from frfx.image_files import Size, extra
 
 Split = Literal["train", "test"]
-KINDS = "digits, mnist:PATH, cifar10:PATH, cifar100:PATH, imagenette:PATH or imagefolder:PATH"
-Size = tuple[int, int]
+KINDS = (
+    "digits, mnist:PATH, cifar10:PATH, cifar100:PATH, tiny-imagenet:PATH, imagenette:PATH, "
+    "imagewoof:PATH or imagefolder:PATH"
+)
+RESIZED = ("imagenette", "imagewoof", "imagefolder")
+"""Kinds whose images have many sizes, and take one in `load`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,14 +171,14 @@ def load(spec: str, *, split: Split, size: int | Size | None = None) -> Images:
     Args:
         spec: ``digits`` (inside scikit-learn: 8x8, values 0 to 16, every fifth image of a class is
             for testing), or one of ``mnist:PATH``, ``cifar10:PATH``, ``cifar100:PATH``,
-            ``imagenette:PATH`` (the largest of its published sizes that is there) and
+            ``tiny-imagenet:PATH`` (tested on its validation images), ``imagenette:PATH``,
+            ``imagewoof:PATH`` (of both the largest published size that is there) and
             ``imagefolder:PATH`` (a folder per class in ``PATH/train``, and in ``PATH/test`` or
-            else ``PATH/val``; read as RGB). ImageWoof is published as an image folder; Tiny
-            ImageNet is one once its validation images are sorted into folders.
+            else ``PATH/val``; read as RGB).
         split: ``"train"`` or ``"test"``.
-        size: Height and width, or the side of a square, that imagenette and imagefolder images are
-            centrally cropped and resized to. By default 224 for imagenette, as in the paper; images
-            of a folder must then all have the size of the first.
+        size: Height and width, or the side of a square, that imagenette, imagewoof and imagefolder
+            images are centrally cropped and resized to. By default 224 for the first two, as in the
+            paper; images of a folder must then all have the size of the first.
 
     Raises:
         DataError: If the spec, split or size cannot be used, the data are missing, incomplete or
@@ -214,25 +217,14 @@ def _check(kind: str, path: str, split: str, size: int | Size | None) -> None:
         raise DataError(f"digits lie inside scikit-learn and take no path, got {path!r}")
     if kind != "digits" and not path:
         raise DataError(f"{kind} needs the path of its data: '{kind}:PATH'")
-    if size is not None and kind not in ("imagenette", "imagefolder"):
-        raise DataError(f"{kind} images have one size; size= is for imagenette and imagefolder")
+    if size is not None and kind not in RESIZED:
+        raise DataError(f"{kind} images have one size; size= is for {', '.join(RESIZED)}")
     if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
         raise DataError(f"size must be positive, not {size}")
 
 
-def _extra(module: str) -> Any:
-    """Import a module of the optional extra, or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DataError(
-            f"reading this data set needs {module.partition('.')[0]} ({error}): "
-            "pip install 'frfx[data]'"
-        ) from error
-
-
 def _digits(split: Split) -> Images:
-    digits = _extra("sklearn.datasets").load_digits()
+    digits = extra("sklearn.datasets").load_digits()
     labels = torch.from_numpy(digits.target).long()
     # Not scikit-learn's random split, so that it is the same one under every version.
     test = torch.zeros(len(labels), dtype=torch.bool)
@@ -244,98 +236,22 @@ def _digits(split: Split) -> Images:
 
 
 def _mnist(root: Path, split: Split, _: Size | None) -> Images:
-    read = _extra("torchvision.datasets").MNIST(root, train=split == "train", download=False)
+    read = extra("torchvision.datasets").MNIST(root, train=split == "train", download=False)
     return Images(read.data.unsqueeze(1), read.targets, _DIGITS)
 
 
 def _cifar(reader: str, root: Path, split: Split, _: Size | None) -> Images:
-    datasets = _extra("torchvision.datasets")
+    datasets = extra("torchvision.datasets")
     read = getattr(datasets, reader)(root, train=split == "train", download=False)
     images = torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous()
     return Images(images, torch.tensor(read.targets), tuple(read.classes))
 
 
-def _imagenette(root: Path, split: Split, size: Size | None) -> Images:
-    sizes = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
-    there = next((name for name, folder in sizes.items() if (root / folder).is_dir()), None)
-    if there is None:
-        raise FileNotFoundError(f"none of {', '.join(sizes.values())} is there")
-    datasets = _extra("torchvision.datasets")
-    read = datasets.Imagenette(
-        root,
-        split="train" if split == "train" else "val",
-        size=there,
-        download=False,
-        loader=_decoder(size or (224, 224)),
-    )
-    return Images(*_decode(read), tuple(names[0] for names in read.classes))
-
-
-def _image_folder(root: Path, split: Split, size: Size | None) -> Images:
-    names = ("train",) if split == "train" else ("test", "val")
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise FileNotFoundError(f"no folder {' or '.join(names)} is there")
-    read = _extra("torchvision.datasets").ImageFolder(folder, loader=_decoder(size))
-    train = root / "train"
-    if train.is_dir():
-        # Labels are positions in the sorted class names: other names would silently shift them.
-        trained = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
-        if differing := sorted(set(trained) ^ set(read.classes)):
-            raise DataError(
-                f"{folder} and {train} have different classes: {', '.join(differing[:8])}"
-                f"{', ...' if len(differing) > 8 else ''} in only one of them"
-            )
-    return Images(*_decode(read), tuple(read.classes))
-
-
-def _decoder(size: Size | None) -> Callable[[str], tuple[str, Tensor]]:
-    """Return a torchvision loader: a file's path to that path and uint8 ``(3, H, W)``."""
-    image_class, ops = _extra("PIL.Image"), _extra("PIL.ImageOps")
-    functional = _extra("torchvision.transforms.functional")
-
-    def decode(path: str) -> tuple[str, Tensor]:
-        try:
-            with image_class.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
-            raise DataError(f"{path} cannot be decoded as an image: {error}") from error
-        if size is not None:
-            height, width = size
-            image = ops.fit(image, (width, height), image_class.Resampling.BILINEAR)
-        return path, functional.pil_to_tensor(image)
-
-    return decode
-
-
-def _decode(read: Sequence[tuple[tuple[str, Tensor], int]]) -> tuple[Tensor, Tensor]:
-    """Decode a torchvision data set that was made with `_decoder`."""
-    (first_path, first), _ = read[0]
-    images = torch.empty((len(read), *first.shape), dtype=torch.uint8)
-    labels = torch.empty(len(read), dtype=torch.int64)
-
-    def fill(row: int) -> None:
-        (path, image), labels[row] = read[row]
-        if image.shape != first.shape:
-            raise DataError(
-                f"images differ in size: {first_path} is {first.shape[1]}x{first.shape[2]}, "
-                f"{path} is {image.shape[1]}x{image.shape[2]} (height x width); "
-                "give size= to resize them all"
-            )
-        images[row] = image
-
-    def fill_some(start: int) -> None:
-        for row in range(start, min(start + 64, len(read))):
-            fill(row)
-
-    # Pillow decodes without the GIL, but a small file costs more Python than decoding, and there
-    # threads only contend (two cores: 10,000 32x32 files 1.6 s on one thread, 2.3 s on two; 400
-    # files of 500x375 0.6 s and 0.24 s).
-    small = os.path.getsize(first_path) < 8192
-    with ThreadPoolExecutor(1 if small else os.cpu_count()) as pool:
-        for _ in pool.map(fill_some, range(0, len(read), 64)):
-            pass
-    return images, labels
+def _folders(
+    read: Callable[[Path, str, Size | None], image_files.Read],
+) -> Callable[[Path, Split, Size | None], Images]:
+    """Return a reader of image files as one of `Images`."""
+    return lambda root, split, size: Images(*read(root, split, size))
 
 
 @dataclass(frozen=True)
@@ -370,14 +286,28 @@ _SOURCES = {
         "Alex Krizhevsky, the CIFAR page at the University of Toronto ('python version')",
     ),
     "imagenette": _Source(
-        _imagenette,
+        _folders(image_files.imagenette),
         "",
         "imagenette2, imagenette2-320 or imagenette2-160, "
         "each with train/<WordNet id>/*.JPEG and val/<WordNet id>/*.JPEG",
         "fast.ai, the project fastai/imagenette on GitHub",
     ),
+    "imagewoof": _Source(
+        _folders(image_files.imagewoof),
+        "",
+        "imagewoof2, imagewoof2-320 or imagewoof2-160, "
+        "each with train/<WordNet id>/*.JPEG and val/<WordNet id>/*.JPEG",
+        "fast.ai, the project fastai/imagenette on GitHub",
+    ),
+    "tiny-imagenet": _Source(
+        _folders(image_files.tiny_imagenet),
+        "tiny-imagenet-200",
+        "wnids.txt, words.txt, train/<WordNet id>/images/*.JPEG, val/images/*.JPEG and "
+        "val/val_annotations.txt, all unchanged",
+        "Stanford University, the course CS231n ('Tiny ImageNet')",
+    ),
     "imagefolder": _Source(
-        _image_folder,
+        _folders(image_files.image_folder),
         "",
         "train/<class>/<image file>, and test/<class>/<image file> or val/<class>/<image file>",
         "whoever made it: any images sorted into a folder per class will do",

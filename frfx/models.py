@@ -44,7 +44,7 @@ def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
     else:
         model = _from_file(Path(kind), name)
     if weights is not None:
-        _load_weights(model, Path(weights))
+        load_weights(model, Path(weights))
     return model.eval()
 
 
@@ -86,7 +86,18 @@ def _is_required(parameter: inspect.Parameter) -> bool:
     return parameter.default is inspect.Parameter.empty and parameter.kind not in optional
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Read a state dict into a model, from safetensors if the name ends so.
+
+    Args:
+        model: Any module.
+        path: What `save_weights` or ``torch.save(model.state_dict(), ...)`` wrote.
+
+    Raises:
+        ModelError: If there is no such file, it cannot be read or does not fit the model, or
+            safetensors is missing (extra `frfx[cli]`).
+    """
+    path = Path(path)
     if not path.is_file():
         raise ModelError(f"no weights at {str(path)!r}")
     safe = _safetensors() if path.suffix == ".safetensors" else None

@@ -179,6 +179,78 @@ def test_imagenette_takes_the_largest_size_there(tmp_path: Path) -> None:
     assert not torch.equal(larger, load(f"imagenette:{tmp_path}", split="train", size=32).images)
 
 
+TINY_IDS = ["n02124075", "n01443537"]  # not sorted, as they are published
+
+
+def write_tiny_imagenet(root: Path) -> dict[str, list[np.ndarray]]:
+    """Two classes of two images to train on, three to validate on; return the images by split."""
+    folder = root / "tiny-imagenet-200"
+    written: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    for name in TINY_IDS:
+        for i in range(2):
+            path = folder / "train" / name / "images" / f"{name}_{i}.JPEG"
+            written["train"].append(write_image(path, 64, 64, seed=i))
+        (folder / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t9\t9\n")
+    lines = []
+    for i in range(3):
+        path = folder / "val" / "images" / f"val_{i}.JPEG"
+        written["val"].append(write_image(path, 64, 64, seed=10 + i))
+        lines.append(f"val_{i}.JPEG\t{TINY_IDS[i % 2]}\t0\t0\t62\t57\n")
+    (folder / "val/val_annotations.txt").write_text("".join(lines))
+    (folder / "wnids.txt").write_text("".join(f"{name}\n" for name in TINY_IDS))
+    words = {"n01443537": "goldfish, Carassius auratus", "n02124075": "Egyptian cat", "n1": "other"}
+    (folder / "words.txt").write_text("".join(f"{k}\t{v}\n" for k, v in words.items()))
+    return written
+
+
+def decoded(path: Path) -> np.ndarray:
+    with pillow.open(path) as file:
+        return np.asarray(file.convert("RGB"))
+
+
+def test_tiny_imagenet(tmp_path: Path) -> None:
+    write_tiny_imagenet(tmp_path)
+    folder = tmp_path / "tiny-imagenet-200"
+    train = load(f"tiny-imagenet:{tmp_path}", split="train")
+    assert train.classes == ("goldfish, Carassius auratus", "Egyptian cat")
+    assert train.labels.tolist() == [0, 0, 1, 1]
+    first = decoded(folder / "train/n01443537/images/n01443537_0.JPEG")
+    np.testing.assert_array_equal(train.images[0].permute(1, 2, 0), first)
+    test = load(f"tiny-imagenet:{tmp_path}", split="test")
+    assert test.labels.tolist() == [1, 0, 1]
+    for i in range(3):
+        image = decoded(folder / f"val/images/val_{i}.JPEG")
+        np.testing.assert_array_equal(test.images[i].permute(1, 2, 0), image)
+
+
+def test_grey_images_of_tiny_imagenet_become_rgb(tmp_path: Path) -> None:
+    write_tiny_imagenet(tmp_path)
+    path = tmp_path / "tiny-imagenet-200/val/images/val_0.JPEG"
+    pillow.fromarray(random_bytes(64, 64)).save(path)
+    image = load(f"tiny-imagenet:{tmp_path}", split="test").images[0]
+    assert image.shape == (3, 64, 64)
+    assert bool((image == image[:1]).all())
+
+
+def test_tiny_imagenet_with_an_unknown_class(tmp_path: Path) -> None:
+    write_tiny_imagenet(tmp_path)
+    marked = tmp_path / "tiny-imagenet-200/val/val_annotations.txt"
+    marked.write_text("val_0.JPEG\tn7\t0\t0\t1\t1\n")
+    with pytest.raises(DataError, match=r"not in wnids\.txt: n7"):
+        load(f"tiny-imagenet:{tmp_path}", split="test")
+
+
+@pytest.mark.parametrize("folder", ["imagewoof2", "imagewoof2-320", "imagewoof2-160"])
+def test_imagewoof(tmp_path: Path, folder: str) -> None:
+    for i, name in enumerate(("n02086240", "n02087394")):
+        write_image(tmp_path / folder / "train" / name / f"{name}_1.JPEG", 40, 30, seed=i)
+        write_image(tmp_path / folder / "val" / name / f"{name}_2.JPEG", 30, 40, seed=i)
+    read = load(f"imagewoof:{tmp_path}", split="train")
+    assert read.images.shape == (2, 3, 224, 224)
+    assert read.classes == ("n02086240", "n02087394")
+    assert load(f"imagewoof:{tmp_path}", split="test", size=20).images.shape == (2, 3, 20, 20)
+
+
 def test_image_folder(tmp_path: Path) -> None:
     written = write_folder(tmp_path)
     read = load(f"imagefolder:{tmp_path}", split="train")
@@ -243,13 +315,13 @@ def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("spec", "arguments", "message"),
     [
         ("cifar11:p", {}, "unknown data set 'cifar11'. Did you mean 'cifar10'"),
-        ("", {}, "Give one of digits, mnist:PATH, cifar10:PATH, cifar100:PATH, imagenette:PATH"),
+        ("", {}, "Give one of digits, mnist:PATH, cifar10:PATH, cifar100:PATH, tiny-imagenet:PATH"),
         ("digits", {"split": "validation"}, "unknown split 'validation': give 'train' or 'test'"),
         ("digits:p", {}, "take no path, got 'p'"),
         ("mnist", {}, "mnist needs the path of its data: 'mnist:PATH'"),
         ("imagefolder:", {}, "'imagefolder:PATH'"),
-        ("mnist:p", {"size": 8}, "size= is for imagenette and imagefolder"),
-        ("digits", {"size": 8}, "size= is for imagenette and imagefolder"),
+        ("mnist:p", {"size": 8}, "size= is for imagenette, imagewoof, imagefolder"),
+        ("digits", {"size": 8}, "size= is for imagenette, imagewoof, imagefolder"),
         ("imagefolder:p", {"size": 0}, "size must be positive, not 0"),
         ("imagefolder:p", {"size": (3, -1)}, "size must be positive, not (3, -1)"),
     ],
@@ -267,6 +339,8 @@ def test_arguments_that_make_no_sense(spec: str, arguments: Any, message: str) -
         ("cifar10", "cifar-10-batches-py", "batches.meta", "University of Toronto"),
         ("cifar100", "cifar-100-python", "train, test and meta", "University of Toronto"),
         ("imagenette", ".", "imagenette2-160", "fast.ai"),
+        ("imagewoof", ".", "imagewoof2-160", "fast.ai"),
+        ("tiny-imagenet", "tiny-imagenet-200", "val/val_annotations.txt", "Stanford"),
         ("imagefolder", ".", "train/<class>/<image file>", "whoever made it"),
     ],
 )
@@ -321,6 +395,23 @@ def imagenette_of_unknown_ids(root: Path) -> str:
     return "imagenette"
 
 
+def tiny_imagenet_without_words(root: Path) -> str:
+    write_tiny_imagenet(root)
+    (root / "tiny-imagenet-200/words.txt").unlink()
+    return "tiny-imagenet"
+
+
+def tiny_imagenet_with_an_empty_class(root: Path) -> str:
+    write_tiny_imagenet(root)
+    for path in (root / "tiny-imagenet-200/train/n01443537/images").iterdir():
+        path.unlink()
+    return "tiny-imagenet"
+
+
+def imagewoof_of_no_size(root: Path) -> str:
+    return "imagewoof"
+
+
 def folder_without_train(root: Path) -> str:
     (root / "test").mkdir()
     return "imagefolder"
@@ -347,6 +438,9 @@ def folder_with_an_empty_class(root: Path) -> str:
         (cifar10_of_other_checksums, "Dataset not found or corrupted"),
         (imagenette_without_train, "No such file"),
         (imagenette_of_unknown_ids, "n00000000"),
+        (tiny_imagenet_without_words, "No such file"),
+        (tiny_imagenet_with_an_empty_class, "no valid file for the classes n01443537"),
+        (imagewoof_of_no_size, "none of imagewoof2"),
         (folder_without_train, "no folder train is there"),
         (folder_without_classes, "any class folder"),
         (folder_with_an_empty_class, "no valid file for the classes cow"),

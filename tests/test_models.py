@@ -94,5 +94,5 @@ def test_tied_weights_are_saved(tmp_path, name):
     tied[2].weight = tied[0].weight
     models.save_weights(tied, tmp_path / name)
     twin = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
-    models._load_weights(twin, tmp_path / name)
+    models.load_weights(twin, tmp_path / name)
     assert torch.equal(twin[2].weight, tied[0].weight)
