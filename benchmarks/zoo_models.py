@@ -13,7 +13,6 @@ from typing import Any
 import networkx as nx
 import torch
 import torchvision
-from frfx.compiler.view import evaluation_view
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
