@@ -34,6 +34,8 @@ def trace_symbolically(view: nn.Module) -> fx.Graph:
             # A function of torch that an attribute held names itself by what stands in for it.
             node.target = node.target.__wrapped__  # type: ignore[union-attr]
     keep_constants(graph, scratch, view)
+    for module in scratch.modules():  # fx refers to it in circles: else its weights would stay
+        module.__dict__ |= {"_parameters": {}, "_buffers": {}}
     return graph
 
 

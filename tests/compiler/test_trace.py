@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
 import pickle
 from collections.abc import Callable
@@ -651,3 +652,20 @@ def test_functions_that_were_kept_are_those_of_torch():
     traced = frfx.invert(Chosen(), "relu").traced
     targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
     assert targets == [F.relu, F.adaptive_avg_pool2d, F.leaky_relu]
+
+
+def test_the_copy_that_is_traced_goes_at_once():
+    def weights() -> int:
+        return sum(type(item) is nn.Parameter for item in gc.get_objects())
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+    frfx.invert(model.eval(), "0")  # whatever is made once
+    gc.collect()
+    gc.disable()  # which would tidy up some time
+    try:
+        before = weights()
+        inverse = frfx.invert(model, "0")
+        assert weights() == before
+        assert inverse.layer == "0"
+    finally:
+        gc.enable()
