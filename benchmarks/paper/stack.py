@@ -79,9 +79,11 @@ class Stack:
         methods = vmap(run, in_dims=(0, None))
         if len(self.seeds) > 1:
             return vmap(methods)(self.weights, x)
-        # One seed needs no grouped convolution.
         only = {name: weight[0] for name, weight in self.weights.items()}
-        return methods(only, x[0]).unsqueeze(0)
+        if len(self.methods) > 1:
+            return methods(only, x[0]).unsqueeze(0)  # one seed needs no grouped convolution
+        only = {name: weight[0] for name, weight in only.items()}
+        return run(only, x[0]).unsqueeze(0).unsqueeze(0)
 
     def losses(self, index: Tensor) -> Tensor:
         """Return Eq. 3 for every run.
