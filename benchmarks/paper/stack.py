@@ -133,7 +133,7 @@ class Stack:
             features = self.features(rows.expand(len(self.seeds), *rows.shape))
             predicted = self.tail(features.flatten(0, 2)).argmax(-1).view(*features.shape[:3])
             right += (predicted == labels).sum(-1).cpu()
-        return 100 * right / len(self.test)
+        return 100 * right.double() / len(self.test)
 
     def state(self) -> dict[str, Any]:
         """Return what a stack of the same runs needs to go on from here."""
