@@ -108,6 +108,9 @@ def table(
         int, typer.Option(min=1, help="Seeds trained at once: pays on a GPU, hardly on a CPU.")
     ] = 1,
     baseline_epochs: BaselineEpochs = None,
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="Whether to run what is not recorded yet.")
+    ] = True,
     measure_costs: Annotated[
         bool, typer.Option("--costs/--no-costs", help="Whether to measure time and memory.")
     ] = True,
@@ -138,6 +141,7 @@ def table(
         fingerprint=facts["sha256"],
         stages=STAGES,
         at_once=at_once,
+        run=run,
         tell=console.print,
     )
     file = folder / "costs.json"

@@ -55,6 +55,7 @@ def measure(
     index = torch.arange(size, device=device)
     steps: dict[str, Callable[[], None]] = {PLAIN: _plain(study, pair, size)}
     seconds = dict.fromkeys([PLAIN, *methods], 0.0)
+    study.forget_targets()
     for name in methods:
         method = METHODS[name]
         if method.targets != "none":

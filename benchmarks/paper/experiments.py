@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,26 +37,25 @@ class Images:
     tell: Tell
 
 
-def evolution(images: Images, every: int = 5) -> list[tuple[float, nn.Module]]:
+def evolution(images: Images, checks: Sequence[int] = (40, 4)) -> list[tuple[float, nn.Module]]:
     """Return one network at three stages of its training, with the accuracies (Fig. 4).
 
     Args:
         images: The data.
-        every: After how many batches to see whether the next stage is reached.
+        checks: How often an epoch to see whether the next stage is reached, by stage.
     """
     torch.manual_seed(0)
     model = networks.build(images.benchmark.spec).to(images.device)
-    before = 100 * frfx.accuracy(model, images.test.batches(1000, device=images.device))
-    found = [(before, copy.deepcopy(model))]
-    scores = baseline.train(model, images.train, images.test, every=every)
-    limit = images.benchmark.epochs * len(images.train) // baseline.batch_size(images.train)
-    score = before
-    for goal in EVOLUTION[1:]:
-        goal = min(goal, images.benchmark.goal)
-        for _ in range(limit // every):
-            score = next(scores)
-            if score >= goal:
-                break
+    found = [(baseline.score(model, images.test), copy.deepcopy(model))]
+    batches = -(-len(images.train) // baseline.batch_size(images.train))
+    trained = enumerate(baseline.steps(model, images.train), start=1)
+    for goal, often in zip(EVOLUTION[1:], checks, strict=True):
+        goal, every = min(goal, images.benchmark.goal), max(1, batches // often)
+        for step, finished in trained:
+            if step % every == 0 or finished == images.benchmark.epochs:
+                score = baseline.score(model, images.test)
+                if score >= goal or finished >= images.benchmark.epochs:
+                    break
         found.append((score, copy.deepcopy(model)))
     return found
 
@@ -158,9 +158,8 @@ def _trained_stages(
     facts = json.loads(known.read_text()) if known.exists() else []
     if len(facts) < count:
         facts = []
-        scores = baseline.train(model, images.train, images.test)
-        for epoch in range(1, count + 1):
-            accuracy = next(scores)
+        for epoch in itertools.islice(baseline.epochs(model, images.train), count):
+            accuracy = baseline.score(model, images.test)
             models.save_weights(model, folder / f"stage-{epoch:02}.safetensors")
             facts.append({"accuracy": accuracy, "sha256": baseline.fingerprint(model)})
         write_whole(known, json.dumps(facts, indent=1) + "\n")

@@ -106,7 +106,8 @@ def results(benchmark: str, records: Sequence[Record], costs: Costs) -> Grid:
             row = [f"{label}({pair[0]},{pair[1]})", str(len(methods[name])), *_cost(cost, name)]
             for epoch in epochs:
                 values = list(accuracies(methods[name], epoch).values())
-                best.append((statistics.mean_and_deviation(values)[0], len(rows), len(row)))
+                mean, _ = statistics.mean_and_deviation(values)
+                best.append((round(mean, 3), len(rows), len(row)))
                 row.append(spread(values))
             row += ["" if paper is None else "{:.3f} ± {:.3f}".format(*paper.accuracy[e])
                     for e in STAGES]  # fmt: skip

@@ -40,6 +40,7 @@ def run_cells(
     fingerprint: str,
     stages: Sequence[int],
     at_once: int = 1,
+    run: bool = True,
     tell: Callable[[str], None] = print,
 ) -> list[Record]:
     """Return the records of runs; those that are not there yet are run.
@@ -53,11 +54,12 @@ def run_cells(
         fingerprint: Of the baseline.
         stages: The epochs after which to measure the accuracy; the last one always is.
         at_once: How many seeds are stacked.
+        run: Whether to run what is not there.
         tell: Takes a line on what has been done.
     """
     needed = {cell: settings(study, cell.method, alpha, epochs, fingerprint) for cell in cells}
     waiting = [cell for cell, wanted in needed.items() if store.find(cell, wanted) is None]
-    for group in _groups(waiting, at_once):
+    for group in _groups(waiting, at_once) if run else ():
         _run(study, store, group, needed, alpha, epochs, {*stages, epochs}, tell)
     found = (store.find(cell, wanted) for cell, wanted in needed.items())
     return [record for record in found if record is not None]

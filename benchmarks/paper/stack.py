@@ -79,9 +79,11 @@ class Stack:
         methods = vmap(run, in_dims=(0, None))
         if len(self.seeds) > 1:
             return vmap(methods)(self.weights, x)
-        # One seed needs no grouped convolution.
         only = {name: weight[0] for name, weight in self.weights.items()}
-        return methods(only, x[0]).unsqueeze(0)
+        if len(self.methods) > 1:
+            return methods(only, x[0]).unsqueeze(0)  # one seed needs no grouped convolution
+        only = {name: weight[0] for name, weight in only.items()}
+        return run(only, x[0]).unsqueeze(0).unsqueeze(0)
 
     def losses(self, index: Tensor) -> Tensor:
         """Return Eq. 3 for every run.
@@ -131,7 +133,7 @@ class Stack:
             features = self.features(rows.expand(len(self.seeds), *rows.shape))
             predicted = self.tail(features.flatten(0, 2)).argmax(-1).view(*features.shape[:3])
             right += (predicted == labels).sum(-1).cpu()
-        return 100 * right / len(self.test)
+        return 100 * right.double() / len(self.test)
 
     def state(self) -> dict[str, Any]:
         """Return what a stack of the same runs needs to go on from here."""

@@ -137,6 +137,10 @@ class Study:
             self._targets[l_r, kind] = self._collect(self.train, compute)
         return self._targets[l_r, kind]
 
+    def forget_targets(self) -> None:
+        """Drop all targets; they are computed anew when they are asked for."""
+        self._targets.clear()
+
     @torch.no_grad()
     def _collect(self, images: data.Images, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Return what a function makes of all images, written into one tensor."""

@@ -132,6 +132,22 @@ def test_a_table_of_every_format(
     assert (folder / "baseline.safetensors").read_bytes() == baseline
     after = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
     assert after == before  # nothing is run again
+    call(*arguments, "--runs", "3", "--no-run")
+    assert read_compact(folder / "records.json") == records
+
+
+def test_a_baseline_that_is_not_as_good_is_trained_on_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mnist(tmp_path / "data", monkeypatch)
+    options = ["--runs", "1", "--epochs", "1", "--no-costs", "--pairs", "2,3", "--methods", "bp"]
+    options += ["--data", str(tmp_path / "data"), "--output", str(tmp_path)]
+    facts = tmp_path / "mnist/baseline.json"
+    for epochs, trained in (("1", 1), ("2", 2), ("1", 2)):
+        call("table", "mnist", *options, "--baseline-epochs", epochs)
+        assert json.loads(facts.read_text())["epochs"] == trained
+    (record,) = read_compact(tmp_path / "mnist/records.json")
+    assert record.settings["baseline"] == json.loads(facts.read_text())["sha256"]
 
 
 def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

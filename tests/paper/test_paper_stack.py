@@ -67,12 +67,19 @@ def weights_of(stack: Stack, seed: int, method: int) -> dict[str, Tensor]:
     return {name: weight[seed, method].detach() for name, weight in stack.weights.items()}
 
 
-@pytest.mark.parametrize("seeds", [(5,), (5, 3)])
+@pytest.mark.parametrize(
+    ("seeds", "names"),
+    [
+        ((5,), ["bp", "fr", "hold", "fr-minimal"]),
+        ((5, 3), ["bp", "fr", "hold", "fr-minimal"]),
+        ((5, 3), ["fr"]),
+        ((5,), ["fr"]),
+    ],
+)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_stacked_run_is_a_single_one(
-    study: Study, pair: tuple[int, int], seeds: tuple[int, ...]
+    study: Study, pair: tuple[int, int], seeds: tuple[int, ...], names: list[str]
 ) -> None:
-    names = ["bp", "fr", "hold", "fr-minimal"]
     stack = Stack(study, pair, [METHODS[name] for name in names], seeds, ALPHA, BATCH)
     for _ in range(2):
         stack.train()
