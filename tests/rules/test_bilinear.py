@@ -245,7 +245,9 @@ def test_einsum_of_a_list(function):
     assert relative(found, minimal_affine_preimage(lambda b: a @ b, b, target)) < 1e-11
 
 
-@pytest.mark.parametrize("einsum", [torch.einsum, torch.ops.aten.einsum.default], ids=["torch", "aten"])
+@pytest.mark.parametrize(
+    "einsum", [torch.einsum, torch.ops.aten.einsum.default], ids=["torch", "aten"]
+)
 def test_einsum_of_a_list_with_a_parameter(einsum):
     x, w, target = normal(0, 2, 3), normal(1, 3, 4), normal(2, 2, 4)
     found = reconstruct(lambda x, w: einsum("ij,jk", [x, w]), x, target, w=w)
