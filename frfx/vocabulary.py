@@ -231,7 +231,7 @@ reshape = define(
     + [aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten._unsafe_view.default]
     + [aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default],
 )
-spell(reshape, ["view_as", "reshape_as", aten.view_as.default], "input, other")
+spell(reshape, ["view_as", "reshape_as", aten.view_as.default], "input, _")
 permute = define("permute", "input, *dims, **_", [torch.permute, "permute", aten.permute.default])
 transpose = define(
     "transpose",
@@ -301,7 +301,7 @@ expand = define(
     ["expand", "broadcast_to", torch.broadcast_to]
     + [aten.expand.default, aten.broadcast_to.default],
 )
-spell(expand, ["expand_as", aten.expand_as.default], "input, other")
+spell(expand, ["expand_as", aten.expand_as.default], "input, _")
 repeat = define(
     "repeat",
     "input, *repeats, **_",

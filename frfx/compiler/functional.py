@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 
@@ -26,6 +27,8 @@ def functionalize(graph: fx.Graph, view: nn.Module) -> None:
     """
     for node in list(graph.nodes):
         written = node.op == "call_module" and writes_in_place(view.get_submodule(node.target))
+        if node.op == "call_function" and inspect.isfunction(node.target):
+            _name_inplace(node)
         if node.op in ("call_function", "call_method") and node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
             written = True
@@ -40,6 +43,15 @@ def functionalize(graph: fx.Graph, view: nn.Module) -> None:
                 node.target, written = twin, True
         if written and node.args and isinstance(node.args[0], fx.Node):
             _redirect_later_uses(node.args[0], node)
+
+
+def _name_inplace(node: fx.Node) -> None:
+    """Give the argument `inplace` by name, as in `F.elu(x, 1.0, True)`."""
+    parameters = inspect.signature(node.target).parameters  # type: ignore[arg-type]
+    place = list(parameters).index("inplace") if "inplace" in parameters else len(node.args)
+    if place < len(node.args):
+        node.kwargs = {**node.kwargs, "inplace": node.args[place]}
+        node.args = node.args[:place]
 
 
 def _redirect_later_uses(overwritten: fx.Node, node: fx.Node) -> None:

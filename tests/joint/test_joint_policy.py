@@ -132,7 +132,7 @@ def test_places_that_do_not_exist_or_lie_behind():
 
 def test_overrides_inside_a_region_are_refused():
     policy = frfx.policy.joint().override(node="conv2", damping=0.1)
-    with pytest.raises(frfx.PolicyError, match="overrides 'conv2', which is no node between"):
+    with pytest.raises(frfx.PolicyError, match="overrides 'conv2', which has no step of its own"):
         frfx.invert(network(), 0, policy=policy)
 
 
