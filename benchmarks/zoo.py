@@ -289,7 +289,7 @@ def main(
     records = [json.loads(path.read_text()) for path in paths.values()]
     console.print(zoo_page.summary(records))
     if table is not None:
-        table.write_text(zoo_page.page(records))
+        table.write_text(zoo_page.page(records, len(known)))
         console.print(f"written: {table}")
 
 

@@ -20,7 +20,7 @@ _SHOWN = [
 _HEAD = """# The zoo: every network of torchvision, run backwards
 
 Written by `nox -s zoo -- --table docs/zoo.md`, with torch {torch} and torchvision {torchvision}.
-{found} networks of torchvision, unchanged, from a batch of labels to four depths.
+{found} of the {known} networks of torchvision, unchanged, from a batch of labels to four depths.
 
 **Networks.** Random weights (seed 0) as torchvision draws them, but for those that it starts at
 nothing (heads and class tokens of vision transformers, layer scales of ConvNeXt), which are drawn,
@@ -46,14 +46,15 @@ on one thread of a CPU.
 """
 
 
-def page(records: Sequence[dict[str, Any]]) -> str:
-    """Return the page."""
+def page(records: Sequence[dict[str, Any]], known: int) -> str:
+    """Return the page of some of the networks that are known."""
     first = next(record for record in records if "settings" in record)
     settings = first["settings"]
     head = _HEAD.format(
         torch=first["torch"],
         torchvision=first["torchvision"],
         found=len(records),
+        known=known,
         layerwise=settings["layerwise"],
         joint=settings["joint"],
         notes="".join(f"{note}\n" for note in settings["notes"]),

@@ -211,7 +211,7 @@ def test_the_page_hides_no_failure():
         {"network": "three", "ended": "finished", "rows": [row | {"error": "E: why"}]},
         {"network": "four", "ended": "ended with exit code -9", "rows": []},
     ]
-    page = zoo_page.page([record | common | versions for record in records])
+    page = zoo_page.page([record | common | versions for record in records], 86)
     assert "| layerwise | stem | 1 of 4 | 0.75 | 0.5 | 0.5 | 1.5 | 1.5 |" in page
     assert "- two: stopped after 5 s at stem, layerwise" in page
     assert "- three, stem (`conv1`), layerwise: E: why" in page
