@@ -15,8 +15,13 @@ import frfx
 from frfx import data
 from paper import baseline, cost, experiments, pages, plots, runs
 from paper.records import Cell, Store, write_compact
-from paper.settings import BENCHMARKS, METHODS, STAGES, Benchmark
+from paper.settings import BENCHMARKS, METHODS, STAGES, Benchmark, method
 from paper.study import Study
+
+METHODS_HELP = (
+    f"{', '.join(METHODS)}; with an alpha of its own as in hold@0.9, and weighed as in "
+    "fr-joint+relative@0.5."
+)
 
 console = Console(width=150)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -87,8 +92,11 @@ def chosen_pairs(benchmark: Benchmark, text: str) -> list[tuple[int, int]]:
 def chosen_methods(text: str) -> list[str]:
     """Return methods written as "bp,fr"."""
     names = text.split(",")
-    if unknown := set(names) - set(METHODS):
-        raise typer.BadParameter(f"no method {sorted(unknown)}: {', '.join(METHODS)}")
+    for name in names:
+        try:
+            method(name)
+        except KeyError:
+            raise typer.BadParameter(f"no method {name!r}: {METHODS_HELP}") from None
     return names
 
 
@@ -99,7 +107,7 @@ def table(
     seeds: Annotated[int, typer.Option("--runs", min=1)] = 10,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     pairs: Annotated[str, typer.Option(help='"all", or some, as in "0,3 1,3".')] = "all",
-    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}.")] = "bp,fr,hold",
+    methods: Annotated[str, typer.Option(help=METHODS_HELP)] = "bp,fr,hold",
     alpha: Annotated[float | None, typer.Option(help="Instead of the paper's.")] = None,
     output: Output = Path("paper-results"),
     device: Device = "cpu",

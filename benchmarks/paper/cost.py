@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import frfx
 from paper.baseline import batch_size
-from paper.settings import LEARNING_RATE, METHODS
+from paper.settings import LEARNING_RATE, method
 from paper.stack import Stack
 from paper.study import Study
 
@@ -57,12 +57,12 @@ def measure(
     seconds = dict.fromkeys([PLAIN, *methods], 0.0)
     study.forget_targets()
     for name in methods:
-        method = METHODS[name]
-        if method.targets != "none":
+        chosen = method(name)
+        if chosen.targets != "none":
             start = _clock(device)
-            study.targets(pair[1], method.targets)
+            study.targets(pair[1], chosen.targets)
             seconds[name] = _clock(device) - start
-        stack = Stack(study, pair, [method], [0], alpha, size)
+        stack = Stack(study, pair, [chosen], [0], alpha, size)
         steps[name] = lambda stack=stack: stack.step(index.unsqueeze(0))
         parameters = sum(weight[0, 0].numel() for weight in stack.weights.values())
     fastest = dict.fromkeys(steps, float("inf"))

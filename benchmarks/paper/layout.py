@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from paper import published, statistics
 from paper.cost import PLAIN, Cost
 from paper.records import Record
-from paper.settings import METHODS, STAGES
+from paper.settings import STAGES, method, order
 
 Pair = tuple[int, int]
 Costs = dict[Pair, dict[str, Cost]]
@@ -100,8 +100,8 @@ def results(benchmark: str, records: Sequence[Record], costs: Costs) -> Grid:
     bold = set()
     for pair, methods in grouped(records).items():
         best: list[tuple[float, int, int]] = []
-        for name in sorted(methods, key=list(METHODS).index):
-            label = METHODS[name].label
+        for name in sorted(methods, key=order):
+            label = method(name).label
             cost, paper = costs.get(pair, {}), theirs.get((label, pair))
             row = [f"{label}({pair[0]},{pair[1]})", str(len(methods[name])), *_cost(cost, name)]
             for epoch in epochs:
@@ -140,9 +140,9 @@ def differences(records: Sequence[Record], epoch: int) -> Grid:
     rows: list[tuple[str, ...]] = []
     bold = set()
     for pair, methods in grouped(records).items():
-        names = [name for name in METHODS if name in methods]
-        against = [(name, "bp") for name in names if name != "bp" and "bp" in names]
-        against += [(name, "hold") for name in names if name not in ("bp", "hold")]
+        names = sorted(methods, key=order)
+        against = [(name, "bp") for name in names if name != "bp"]
+        against += [(name, holding) for name in names if (holding := _holding(name)) != name]
         for name, other in against:
             if other not in methods:
                 continue
@@ -156,7 +156,7 @@ def differences(records: Sequence[Record], epoch: int) -> Grid:
             rows.append(
                 (
                     f"({pair[0]}, {pair[1]})",
-                    f"{METHODS[name].label} − {METHODS[other].label}",
+                    f"{method(name).label} − {method(other).label}",
                     str(found.runs),
                     f"{found.mean:+.3f}",
                     f"{found.low:+.3f} to {found.high:+.3f}",
@@ -165,6 +165,12 @@ def differences(records: Sequence[Record], epoch: int) -> Grid:
                 )
             )
     return Grid(header, tuple(rows), frozenset(bold))
+
+
+def _holding(name: str) -> str:
+    """Return the control of a method: `hold` with the same weight."""
+    alpha = name.partition("@")[2]
+    return f"hold@{alpha}" if alpha else "bp" if name == "bp" else "hold"
 
 
 def costs_table(costs: Costs) -> Grid:
@@ -177,7 +183,7 @@ def costs_table(costs: Costs) -> Grid:
     for pair, methods in sorted(costs.items(), key=lambda item: item[0][::-1]):
         plain, bp = methods[PLAIN], methods.get("bp", methods[PLAIN])
         for name, cost in methods.items():
-            label = "plain BP" if name == PLAIN else METHODS[name].label
+            label = "plain BP" if name == PLAIN else method(name).label
             rows.append(
                 (
                     f"({pair[0]}, {pair[1]})",

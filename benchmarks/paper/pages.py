@@ -80,7 +80,8 @@ def page(
     beside = "" if theirs is None else f" The paper's (its Table {number}) has {theirs:.2f} %."
     alphas = sorted({r.settings["alpha"] for r in records if r.cell.method != "bp"})
     names = {r.cell.method for r in records}
-    shown = [f"*{m.label}*: {_describe(m.targets)}" for m in METHODS.values() if m.name in names]
+    kinds = {name.partition("@")[0].partition("+")[0] for name in names}
+    shown = [f"*{m.label}*: {_describe(m.targets)}" for m in METHODS.values() if m.name in kinds]
     done = {len(runs) for methods in layout.grouped(records).values() for runs in methods.values()}
     text = [
         f"Baseline: {facts['accuracy']:.2f} % test accuracy after {facts['epochs']} epochs.{beside}"

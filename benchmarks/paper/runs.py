@@ -11,17 +11,17 @@ import torch
 import frfx
 from paper.baseline import batch_size
 from paper.records import Cell, Record, Store
-from paper.settings import LEARNING_RATE, METHODS
+from paper.settings import LEARNING_RATE, method
 from paper.stack import Stack
 from paper.study import Study
 
 
 def settings(
-    study: Study, method: str, alpha: float, epochs: int, fingerprint: str
+    study: Study, name: str, alpha: float, epochs: int, fingerprint: str
 ) -> dict[str, Any]:
     """Return what a run's result depends on besides its cell."""
     return {
-        "alpha": 0.0 if METHODS[method].targets == "none" else alpha,
+        "alpha": method(name).weight(alpha),
         "epochs": epochs,
         "batch size": batch_size(study.train),
         "learning rate": LEARNING_RATE,
@@ -93,7 +93,7 @@ def _run(
     """Train one stack, from its checkpoint if there is one, and record its runs."""
     seeds = list(dict.fromkeys(cell.seed for cell in cells))
     names = list(dict.fromkeys(cell.method for cell in cells))
-    methods = [METHODS[name] for name in names]
+    methods = [method(name) for name in names]
     pair = cells[0].pair
     stack = Stack(study, pair, methods, seeds, alpha, batch_size(study.train))
     about = [(cell.file, needed[cell]) for cell in cells]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from frfx import networks
@@ -27,12 +27,23 @@ class Method:
             `paper.study.EMBEDDINGS` embeds the label at the logits; anything else is the policy of
             `frfx.invert` that reconstructs the feature.
         loss: Of the reconstruction, ``"mse"`` (Eq. 2) or ``"l1"``.
+        alpha: The weight of the reconstruction loss; None for the benchmark's.
+        relative: Whether that loss is divided by what it is before training, as by the weighing
+            ``"relative"`` of `frfx.PostTraining`.
     """
 
     name: str
     label: str
     targets: str
     loss: Literal["mse", "l1"] = "mse"
+    alpha: float | None = None
+    relative: bool = False
+
+    def weight(self, alpha: float) -> float:
+        """Return the weight of the reconstruction loss, where the benchmark's is alpha."""
+        if self.targets == "none":
+            return 0.0
+        return alpha if self.alpha is None else self.alpha
 
 
 METHODS = {
@@ -49,6 +60,36 @@ METHODS = {
         Method("ne", "NE", "nearest-embedding"),
     )
 }
+
+
+def method(name: str) -> Method:
+    """Return a method by its name: ``NAME[+relative][@ALPHA]``, NAME a key of `METHODS`.
+
+    Raises:
+        KeyError: If there is no such method.
+    """
+    start, _, alpha = name.partition("@")
+    base, plus, weighing = start.partition("+")
+    found = METHODS[base]
+    if not plus and not alpha:
+        return found
+    try:
+        weight = float(alpha) if alpha else None
+    except ValueError:
+        raise KeyError(name) from None
+    if (plus and weighing != "relative") or found.targets == "none":
+        raise KeyError(name)
+    if weight is not None and not 0 <= weight <= 1:
+        raise KeyError(name)
+    label = found.label + (", relative" if plus else "") + (f", alpha {alpha}" if alpha else "")
+    return replace(found, name=name, label=label, alpha=weight, relative=bool(plus))
+
+
+def order(name: str) -> tuple[float, int, bool]:
+    """Return what methods are sorted by: the weight, then as in `METHODS`."""
+    found = method(name)
+    base = name.partition("@")[0].partition("+")[0]
+    return found.alpha or 0.0, list(METHODS).index(base), found.relative
 
 
 @dataclass(frozen=True)

@@ -6,29 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import functional_call, vmap
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paper.settings import LEARNING_RATE, Method
-from paper.study import CHUNK, Inputs, Study
+from paper.study import CHUNK, Inputs, Study, rows
 
 
 class Stack:
     """Post-training of one pair (l_S, l_R) by several methods from several seeds.
 
-    A run differs from the others in its targets and in the order of its batches alone, so that all
-    of them are one network with stacked weights ``(seeds, methods, ...)``. The methods of a seed
-    read the same batches: a first convolution takes them as more output channels, which costs
-    less than a grouped convolution. Adam works entry by entry, so that one optimizer of the stack
-    does what an optimizer for each run would do.
+    A run differs from the others in its loss and in the order of its batches alone, so that all of
+    them are one network with stacked weights ``(seeds, methods, ...)``. Feature maps hold the runs
+    side by side as channels, ``(batch, runs * channels, height, width)``, and the channels last in
+    memory: with the few channels of these networks, a run more costs a convolution or a pooling
+    little. The methods of a seed read the same batches, so that the first convolution has no
+    groups but the seeds. Adam works entry by entry, so that one optimizer of the stack does what
+    an optimizer for each run would do.
 
     Args:
         study: The baseline and its data.
         pair: (l_S, l_R).
         methods: How to train.
         seeds: Of the orders of the batches.
-        alpha: The weight of the reconstruction loss (Eq. 3).
+        alpha: The weight of the reconstruction loss (Eq. 3) for methods that have none of their
+            own.
         batch_size: Images a step.
     """
 
@@ -43,7 +45,7 @@ class Stack:
     ) -> None:
         self.study, self.methods, self.seeds = study, tuple(methods), tuple(seeds)
         self.batch_size = batch_size
-        self.trained, self.tail = study.parts(*pair)
+        self.trained, self.tail = map(pool_first, study.parts(*pair))
         self.inputs, self.test = study.inputs(pair[0])
         lead = (len(self.seeds), len(self.methods))
         self.weights = {
@@ -51,15 +53,15 @@ class Stack:
             for name, weight in self.trained.named_parameters()
         }
         self.optimizer = torch.optim.Adam(list(self.weights.values()), lr=LEARNING_RATE)
-        kinds = [method.targets for method in self.methods]
-        self.reconstructing = [i for i, kind in enumerate(kinds) if kind != "none" and alpha > 0]
-        self.losses_taken = [self.methods[i].loss for i in self.reconstructing]
-        absolute = [loss == "l1" for loss in self.losses_taken]
-        self.absolute = torch.tensor(absolute, dtype=torch.bool, device=study.device)
-        self.targets = [study.targets(pair[1], kinds[i]) for i in self.reconstructing]
-        alphas = torch.zeros(len(kinds), device=study.device)
-        alphas[self.reconstructing] = alpha
-        self.alphas = alphas
+        alphas = [method.weight(alpha) for method in self.methods]
+        self.alphas = torch.tensor(alphas, device=study.device)
+        self.classifying = _rows([weight < 1 for weight in alphas], study.device)
+        self.reconstructing = _rows([weight > 0 for weight in alphas], study.device)
+        asked = [self.methods[i] for i in self.reconstructing.tolist()]
+        self.absolute = torch.tensor([m.loss == "l1" for m in asked], device=study.device)
+        self.targets = [study.targets(pair[1], method.targets) for method in asked]
+        scales = [study.scale(pair[1], m.targets) if m.relative else 1.0 for m in asked]
+        self.scales = torch.tensor(scales, device=study.device)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.epoch = 0
 
@@ -72,18 +74,25 @@ class Stack:
         Returns:
             ``(seeds, methods, batch, ...)``.
         """
-
-        def run(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-            return functional_call(self.trained, weights, (x,))
-
-        methods = vmap(run, in_dims=(0, None))
-        if len(self.seeds) > 1:
-            return vmap(methods)(self.weights, x)
-        only = {name: weight[0] for name, weight in self.weights.items()}
-        if len(self.methods) > 1:
-            return methods(only, x[0]).unsqueeze(0)  # one seed needs no grouped convolution
-        only = {name: weight[0] for name, weight in only.items()}
-        return run(only, x[0]).unsqueeze(0).unsqueeze(0)
+        lead = (len(self.seeds), len(self.methods))
+        runs, groups = lead[0] * lead[1], lead[0]  # all runs of a seed read the same to begin with
+        maps = x.ndim == 5
+        h = x.transpose(0, 1).flatten(1, 2) if maps else x.unsqueeze(1)
+        for name, module in self.trained.named_children():
+            if isinstance(module, nn.Flatten):
+                h = h.unflatten(1, (lead[0], groups // lead[0], -1)).flatten(3).movedim(0, 2)
+                maps = False
+            elif isinstance(module, nn.Conv2d):
+                weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+                h = h.contiguous(memory_format=torch.channels_last)
+                h = F.conv2d(h, weight.flatten(0, 2), bias.flatten(), groups=groups)
+                groups = runs
+            elif isinstance(module, nn.Linear):
+                weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+                h = h @ weight.mT + bias.unsqueeze(2)
+            else:
+                h = module(h)
+        return h.unflatten(1, (*lead, -1)).movedim(0, 2) if maps else h
 
     def losses(self, index: Tensor) -> Tensor:
         """Return Eq. 3 for every run.
@@ -95,21 +104,34 @@ class Stack:
             ``(seeds, methods)``.
         """
         features = self.features(self.inputs.rows(index))
-        logits = self.tail(features.flatten(0, 2))
-        labels = self.inputs.labels[index].unsqueeze(1).expand(*features.shape[:3])
-        entropy = F.cross_entropy(logits, labels.flatten(), reduction="none")
-        loss = (1 - self.alphas) * entropy.view(labels.shape).mean(-1)
-        if not self.reconstructing:
-            return loss
-        targets = torch.stack([targets[index] for targets in self.targets], dim=1)
-        if len(self.reconstructing) < len(self.methods):
-            features = features[:, self.reconstructing]
-        deviations = (features - targets).flatten(2)
-        reconstruction = deviations.square().mean(-1)
-        if "l1" in self.losses_taken:
-            reconstruction = torch.where(self.absolute, deviations.abs().mean(-1), reconstruction)
-        weighed = self.alphas[self.reconstructing] * reconstruction
-        return loss.index_add(1, torch.tensor(self.reconstructing, device=loss.device), weighed)
+        loss = features.new_zeros(features.shape[:2])
+        if len(self.classifying):
+            asked = _select(features, self.classifying)
+            labels = self.inputs.labels[index].unsqueeze(1).expand(*asked.shape[:3])
+            entropy = F.cross_entropy(
+                self._logits(asked).flatten(0, 2), labels.flatten(), reduction="none"
+            )
+            weights = 1 - self.alphas[self.classifying]
+            weighed = weights * entropy.view(labels.shape).mean(-1)
+            loss = loss.index_add(1, self.classifying, weighed)
+        if len(self.reconstructing):
+            targets = torch.stack([rows(targets, index) for targets in self.targets], dim=1)
+            deviations = (_select(features, self.reconstructing) - targets).flatten(2)
+            reconstruction = deviations.square().mean(-1)
+            if self.absolute.any():
+                reconstruction = torch.where(
+                    self.absolute, deviations.abs().mean(-1), reconstruction
+                )
+            weights = self.alphas[self.reconstructing] / self.scales
+            loss = loss.index_add(1, self.reconstructing, weights * reconstruction)
+        return loss
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """Return what the frozen tail makes of features, ``(seeds, methods, batch, classes)``."""
+        h = features.flatten(0, 2)
+        if h.ndim == 4:
+            h = h.contiguous(memory_format=torch.channels_last)
+        return self.tail(h).unflatten(0, features.shape[:3])
 
     def step(self, index: Tensor) -> None:
         """Train every run on its batch."""
@@ -129,10 +151,9 @@ class Stack:
     def accuracies(self) -> Tensor:
         """Return the test accuracy of every run in %, ``(seeds, methods)``."""
         right = torch.zeros(len(self.seeds), len(self.methods), dtype=torch.long)
-        for rows, labels in _chunks(self.test):
-            features = self.features(rows.expand(len(self.seeds), *rows.shape))
-            predicted = self.tail(features.flatten(0, 2)).argmax(-1).view(*features.shape[:3])
-            right += (predicted == labels).sum(-1).cpu()
+        for some, labels in _chunks(self.test):
+            features = self.features(some.expand(len(self.seeds), *some.shape))
+            right += (self._logits(features).argmax(-1) == labels).sum(-1).cpu()
         return 100 * right.double() / len(self.test)
 
     def state(self) -> dict[str, Any]:
@@ -153,6 +174,30 @@ class Stack:
         self.optimizer.load_state_dict(state["optimizer"])
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved)
+
+
+def pool_first(part: nn.Sequential) -> nn.Sequential:
+    """Return layers with every max pooling before the tanh that it follows: the same function,
+    for tanh increases, with a quarter of the entries to take the tanh of.
+    """
+    modules = list(part.named_children())
+    for i in range(len(modules) - 1):
+        if isinstance(modules[i][1], nn.Tanh) and isinstance(modules[i + 1][1], nn.MaxPool2d):
+            modules[i], modules[i + 1] = modules[i + 1], modules[i]
+    ordered = nn.Sequential()
+    for name, module in modules:
+        ordered.add_module(name, module)
+    return ordered
+
+
+def _rows(chosen: Sequence[bool], device: torch.device) -> Tensor:
+    """Return where a condition holds."""
+    return torch.tensor(chosen, device=device).nonzero().flatten()
+
+
+def _select(features: Tensor, methods: Tensor) -> Tensor:
+    """Return the features of some methods."""
+    return features if len(methods) == features.shape[1] else features[:, methods]
 
 
 def _chunks(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import frfx
 from frfx import data, rules
@@ -44,8 +45,13 @@ class Inputs:
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """Return some of the inputs as float32."""
-        rows = self.values[index]
-        return data.instance_normalise(rows) if rows.dtype == torch.uint8 else rows
+        some = rows(self.values, index)
+        return data.instance_normalise(some) if some.dtype == torch.uint8 else some
+
+
+def rows(values: Tensor, index: Tensor | slice) -> Tensor:
+    """Return some rows of a tensor, feature maps with the channels last in memory as they are."""
+    return values.movedim(1, -1)[index].movedim(-1, -3) if values.ndim == 4 else values[index]
 
 
 class Study:
@@ -137,6 +143,13 @@ class Study:
             self._targets[l_r, kind] = self._collect(self.train, compute)
         return self._targets[l_r, kind]
 
+    def scale(self, l_r: int, kind: str) -> float:
+        """Return the mean squared distance of targets from the baseline's own feature; 1 for 0."""
+        targets, features = self.targets(l_r, kind), self.targets(l_r, "forward")
+        squares = [F.mse_loss(a, b) for a, b in zip(targets.split(CHUNK), features.split(CHUNK), strict=True)]
+        sizes = torch.tensor([len(a) for a in targets.split(CHUNK)], device=self.device)
+        return float((torch.stack(squares) * sizes).sum() / sizes.sum()) or 1.0
+
     def forget_targets(self) -> None:
         """Drop all targets; they are computed anew when they are asked for."""
         self._targets.clear()
@@ -149,6 +162,8 @@ class Study:
             values = compute(x, y)
             if start == 0:
                 found = values.new_empty(len(images), *values.shape[1:])
+                if found.ndim == 4:
+                    found = found.contiguous(memory_format=torch.channels_last)
             found[start : start + len(values)] = values
             start += len(values)
         return found
