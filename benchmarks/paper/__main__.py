@@ -13,14 +13,14 @@ from rich.console import Console
 
 import frfx
 from frfx import data
-from paper import baseline, cost, experiments, pages, plots, runs
-from paper.records import Cell, Store, write_compact
+from paper import baseline, cost, experiments, pages, plots, repairs, runs
+from paper.records import Cell, Store, write_compact, write_whole
 from paper.settings import BENCHMARKS, METHODS, STAGES, Benchmark, method
 from paper.study import Study
 
 METHODS_HELP = (
     f"{', '.join(METHODS)}; with an alpha of its own as in hold@0.9, and weighed as in "
-    "fr-joint+relative@0.5."
+    "fr-joint+relative@0.5, or given new targets every epoch as in fr-joint+fresh."
 )
 
 console = Console(width=150)
@@ -162,6 +162,38 @@ def table(
     written = pages.write(name, records, costs, facts, folder)
     console.print((folder / "table.md").read_text(), markup=False, soft_wrap=True)
     console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+@app.command()
+def repair(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}.")],
+    where: Data = "",
+    pairs: Annotated[str, typer.Option(help='Which modules to train, as in "3,4 1,4".')] = "all",
+    handful: Annotated[int, typer.Option(min=1, help="Mistakes to mend at once.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Handfuls.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Steps at most.")] = 200,
+    output: Output = Path("paper-results"),
+    device: Device = "cpu",
+    threads: Threads = 1,
+    baseline_epochs: BaselineEpochs = None,
+) -> None:
+    """Mend a handful of mistakes in several ways, and count what else changes."""
+    torch.set_num_threads(threads)
+    benchmark = benchmark_named(name, baseline_epochs)
+    folder = output / name
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = read(benchmark, where)
+    model, _ = baseline.obtain(benchmark, train, test, folder, device)
+    study, outcomes = Study(model, train, test), []
+    for pair in chosen_pairs(benchmark, pairs):
+        mending = repairs.Repair(study, pair)
+        for seed in range(repeats):
+            outcomes += [mending.mend(s, seed, handful, steps) for s in repairs.STRATEGIES]
+        console.print(f"({pair[0]}, {pair[1]}): {repeats} handfuls")
+    grid = repairs.table(outcomes)
+    write_whole(folder / "repair.json", json.dumps([dataclasses.asdict(o) for o in outcomes]))
+    write_whole(folder / "repair.md", grid.markdown())
+    console.print(grid.markdown(), markup=False, soft_wrap=True)
 
 
 FIGURES = {4: "mnist", 5: "mnist", 6: "cifar100", 7: "cifar10"}

@@ -12,7 +12,7 @@ from paper import layout, published
 from paper.cost import Cost
 from paper.layout import Costs, Grid
 from paper.records import Record, write_compact, write_whole
-from paper.settings import BENCHMARKS, METHODS
+from paper.settings import BENCHMARKS, METHODS, base_name
 
 
 def save_costs(costs: Costs, path: Path) -> None:
@@ -80,7 +80,7 @@ def page(
     beside = "" if theirs is None else f" The paper's (its Table {number}) has {theirs:.2f} %."
     alphas = sorted({r.settings["alpha"] for r in records if r.cell.method != "bp"})
     names = {r.cell.method for r in records}
-    kinds = {name.partition("@")[0].partition("+")[0] for name in names}
+    kinds = set(map(base_name, names))
     shown = [f"*{m.label}*: {_describe(m.targets)}" for m in METHODS.values() if m.name in kinds]
     done = {len(runs) for methods in layout.grouped(records).values() for runs in methods.values()}
     text = [

@@ -30,6 +30,8 @@ class Method:
         alpha: The weight of the reconstruction loss; None for the benchmark's.
         relative: Whether that loss is divided by what it is before training, as by the weighing
             ``"relative"`` of `frfx.PostTraining`.
+        fresh: Whether every epoch has targets of its own, reconstructed by the network as it is
+            then; else they are those of the baseline.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Method:
     loss: Literal["mse", "l1"] = "mse"
     alpha: float | None = None
     relative: bool = False
+    fresh: bool = False
 
     def weight(self, alpha: float) -> float:
         """Return the weight of the reconstruction loss, where the benchmark's is alpha."""
@@ -62,34 +65,41 @@ METHODS = {
 }
 
 
+FLAGS = ("relative", "fresh")
+
+
 def method(name: str) -> Method:
-    """Return a method by its name: ``NAME[+relative][@ALPHA]``, NAME a key of `METHODS`.
+    """Return a method by its name: ``NAME[+relative][+fresh][@ALPHA]``, NAME a key of `METHODS`.
 
     Raises:
         KeyError: If there is no such method.
     """
-    start, _, alpha = name.partition("@")
-    base, plus, weighing = start.partition("+")
+    start, at, alpha = name.partition("@")
+    base, *flags = start.split("+")
     found = METHODS[base]
-    if not plus and not alpha:
-        return found
+    if (at or flags) and found.targets == "none":
+        raise KeyError(name)
+    if not set(flags) <= set(FLAGS) or ("fresh" in flags and found.targets == "forward"):
+        raise KeyError(name)
     try:
-        weight = float(alpha) if alpha else None
+        weight = float(alpha) if at else None
     except ValueError:
         raise KeyError(name) from None
-    if (plus and weighing != "relative") or found.targets == "none":
-        raise KeyError(name)
     if weight is not None and not 0 <= weight <= 1:
         raise KeyError(name)
-    label = found.label + (", relative" if plus else "") + (f", alpha {alpha}" if alpha else "")
-    return replace(found, name=name, label=label, alpha=weight, relative=bool(plus))
+    label = ", ".join([found.label, *flags, *([f"alpha {alpha}"] if at else [])])
+    set_flags = {flag: flag in flags for flag in FLAGS}
+    return replace(found, name=name, label=label, alpha=weight, **set_flags)
 
 
-def order(name: str) -> tuple[float, int, bool]:
+def base_name(name: str) -> str:
+    """Return the key of `METHODS` that a method's name begins with."""
+    return name.partition("@")[0].partition("+")[0]
+
+
+def order(name: str) -> tuple[float, int, str]:
     """Return what methods are sorted by: the weight, then as in `METHODS`."""
-    found = method(name)
-    base = name.partition("@")[0].partition("+")[0]
-    return found.alpha or 0.0, list(METHODS).index(base), found.relative
+    return method(name).alpha or 0.0, list(METHODS).index(base_name(name)), name
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Stack:
         batch_size: int,
     ) -> None:
         self.study, self.methods, self.seeds = study, tuple(methods), tuple(seeds)
-        self.batch_size = batch_size
+        self.batch_size, self.layer = batch_size, pair[1]
         self.trained, self.tail = map(pool_first, study.parts(*pair))
         self.inputs, self.test = study.inputs(pair[0])
         lead = (len(self.seeds), len(self.methods))
@@ -59,7 +59,10 @@ class Stack:
         self.reconstructing = _rows([weight > 0 for weight in alphas], study.device)
         asked = [self.methods[i] for i in self.reconstructing.tolist()]
         self.absolute = torch.tensor([m.loss == "l1" for m in asked], device=study.device)
-        self.targets = [study.targets(pair[1], method.targets) for method in asked]
+        # By method and seed: only fresh targets differ by the seed.
+        self.targets = [
+            [study.targets(pair[1], method.targets)] * len(self.seeds) for method in asked
+        ]
         scales = [study.scale(pair[1], m.targets) if m.relative else 1.0 for m in asked]
         self.scales = torch.tensor(scales, device=study.device)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
@@ -115,7 +118,9 @@ class Stack:
             weighed = weights * entropy.view(labels.shape).mean(-1)
             loss = loss.index_add(1, self.classifying, weighed)
         if len(self.reconstructing):
-            targets = torch.stack([rows(targets, index) for targets in self.targets], dim=1)
+            targets = torch.stack(
+                [torch.stack(list(map(rows, by_seed, index))) for by_seed in self.targets], dim=1
+            )
             deviations = (_select(features, self.reconstructing) - targets).flatten(2)
             reconstruction = deviations.square().mean(-1)
             if self.absolute.any():
@@ -133,6 +138,16 @@ class Stack:
             h = h.contiguous(memory_format=torch.channels_last)
         return self.tail(h).unflatten(0, features.shape[:3])
 
+    def _refresh(self) -> None:
+        """Reconstruct anew the targets that are to follow the weights."""
+        if self.epoch == 0:
+            return  # the baseline's
+        for by_seed, i in zip(self.targets, self.reconstructing.tolist(), strict=True):
+            for seed in range(len(self.seeds)) if self.methods[i].fresh else ():
+                weights = {name: w[seed, i].detach() for name, w in self.weights.items()}
+                kind = self.methods[i].targets
+                by_seed[seed] = self.study.fresh_targets(self.layer, kind, weights)
+
     def step(self, index: Tensor) -> None:
         """Train every run on its batch."""
         self.optimizer.zero_grad()
@@ -141,6 +156,7 @@ class Stack:
 
     def train(self) -> None:
         """Train for one epoch."""
+        self._refresh()
         count = len(self.inputs)
         orders = torch.stack([torch.randperm(count, generator=g) for g in self.generators])
         for index in orders.to(self.study.device).split(self.batch_size, dim=1):

@@ -143,10 +143,19 @@ class Study:
             self._targets[l_r, kind] = self._collect(self.train, compute)
         return self._targets[l_r, kind]
 
+    def fresh_targets(self, l_r: int, kind: str, weights: dict[str, Tensor]) -> Tensor:
+        """Return the targets that a policy reconstructs where some weights are others by now."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(weights, strict=False)
+        return self._collect(self.train, frfx.invert(model, l_r, policy=kind))
+
     def scale(self, l_r: int, kind: str) -> float:
         """Return the mean squared distance of targets from the baseline's own feature; 1 for 0."""
         targets, features = self.targets(l_r, kind), self.targets(l_r, "forward")
-        squares = [F.mse_loss(a, b) for a, b in zip(targets.split(CHUNK), features.split(CHUNK), strict=True)]
+        squares = [
+            F.mse_loss(a, b)
+            for a, b in zip(targets.split(CHUNK), features.split(CHUNK), strict=True)
+        ]
         sizes = torch.tensor([len(a) for a in targets.split(CHUNK)], device=self.device)
         return float((torch.stack(squares) * sizes).sum() / sizes.sum()) or 1.0
 
