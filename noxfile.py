@@ -80,13 +80,6 @@ def bench_joint(session: nox.Session) -> None:
     session.run("python", "benchmarks/joint.py", *session.posargs)
 
 
-@nox.session(name="bench-post-train")
-def bench_post_train(session: nox.Session) -> None:
-    """Post-train by BP, by reconstructed targets and by held features, with paired tests."""
-    install(session, "cli")
-    session.run("python", "benchmarks/post_training.py", *session.posargs)
-
-
 @nox.session(name="bench-solvers")
 def bench_solvers(session: nox.Session) -> None:
     """Measure the solvers beside their floors, and whole networks beside a training step."""

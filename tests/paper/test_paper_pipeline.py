@@ -18,6 +18,7 @@ from paper.__main__ import app
 from paper.experiments import feature_shapes, reversed_channels
 from paper.plots import half_width, mosaic
 from paper.records import read_compact
+from paper.repairs import STRATEGIES
 from test_data import (
     CIFAR10_NAMES,
     accept_checksums,
@@ -170,12 +171,29 @@ def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(read_compact(folder / "figure-7.json")) == 2 * 2 * 2
 
 
+def test_weights_of_the_loss_and_mending(tmp_path: Path) -> None:
+    options = ["--output", str(tmp_path), "--baseline-epochs", "2"]
+    methods = "bp,hold@0.9,fr-joint+relative@0.9,fr-joint+fresh@1"
+    training = ["--runs", "2", "--epochs", "2", "--no-costs", "--pairs", "1,2"]
+    call("table", "digits", *options, *training, "--methods", methods)
+    records = read_compact(tmp_path / "digits/records.json")
+    assert sorted(r.settings["alpha"] for r in records) == [0, 0, 0.9, 0.9, 0.9, 0.9, 1, 1]
+    page = (tmp_path / "digits/table.md").read_text()
+    assert "FR, joint, relative, alpha 0.9 − hold, alpha 0.9" in page
+    mending = ["--pairs", "2,3", "--handful", "3", "--repeats", "2", "--steps", "20"]
+    output = call("repair", "digits", *options, *mending)
+    outcomes = json.loads((tmp_path / "digits/repair.json").read_text())
+    assert len(outcomes) == 2 * len(STRATEGIES)
+    assert "joint, others held" in output
+
+
 def test_wrong_arguments_are_told(tmp_path: Path) -> None:
     for arguments, told in (
         (["table", "mnits"], "no data set 'mnits'"),
         (["table", "digits", "--pairs", "2,1"], "no pair 2,1"),
         (["table", "digits", "--pairs", "2"], "no pair l_S,l_R"),
-        (["table", "digits", "--methods", "bp,rf"], "no method"),
+        (["table", "digits", "--methods", "bp,rf"], "no method 'rf'"),
+        (["table", "digits", "--methods", "fr@2"], "no method 'fr@2'"),
         (["figure", "3"], "no figure 3"),
     ):
         done = CliRunner().invoke(

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from paper.settings import METHODS
+from paper.settings import METHODS, method, order
 from paper.stack import Stack
 from paper.study import Study
 from torch import Tensor, nn
@@ -155,6 +155,71 @@ def test_embeddings_are_trained_with_their_own_losses(study: Study) -> None:
     torch.testing.assert_close(losses[3], losses[4])  # the paper's policy embeds so
     with pytest.raises(frfx.LayerError, match="gives logits"):
         Stack(study, (2, 3), [METHODS["ma"]], [0], ALPHA, BATCH)
+
+
+def test_methods_have_an_alpha_and_a_weighing_of_their_own(study: Study) -> None:
+    names = ["hold", "fr-minimal@0.9", "fr-minimal+relative@0.5", "fr@1"]
+    stack = Stack(study, (1, 3), [method(name) for name in names], [0], ALPHA, BATCH)
+    with torch.no_grad():
+        for weight in stack.weights.values():
+            weight.mul_(1.1)
+    trained, tail = (copy.deepcopy(part) for part in study.parts(1, 3))
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.mul_(1.1)
+    index = torch.arange(10)
+    features = trained(study.inputs(1)[0].values[index])
+    entropy = F.cross_entropy(tail(features), study.train.labels[index])
+    distances = {
+        kind: F.mse_loss(features, study.targets(3, kind)[index])
+        for kind in ("forward", "minimal", "paper")
+    }
+    at_first = F.mse_loss(study.targets(3, "minimal"), study.targets(3, "forward"))
+    expected = [
+        (1 - ALPHA) * entropy + ALPHA * distances["forward"],
+        0.1 * entropy + 0.9 * distances["minimal"],
+        0.5 * entropy + 0.5 * distances["minimal"] / at_first,
+        distances["paper"],
+    ]
+    torch.testing.assert_close(stack.losses(index.unsqueeze(0))[0], torch.stack(expected))
+
+
+def test_fresh_targets_follow_the_weights(study: Study) -> None:
+    names = ["fr-minimal@0.5", "fr-minimal+fresh@0.5"]
+    stack = Stack(study, (0, 2), [method(name) for name in names], [3, 4], ALPHA, BATCH)
+    baseline = study.targets(2, "minimal")
+    stack.train()
+    for by_seed in stack.targets:
+        assert all(target is baseline for target in by_seed)
+    models = []
+    for seed in range(2):
+        model = copy.deepcopy(study.model)
+        for name, weight in weights_of(stack, seed, 1).items():
+            model.get_parameter(name).copy_(weight)
+        models.append(model)
+    stack.train()
+    assert all(target is baseline for target in stack.targets[0])
+    x, y = next(iter(study.train.batches(len(study.train))))
+    for target, model in zip(stack.targets[1], models, strict=True):
+        torch.testing.assert_close(target, frfx.invert(model, 2, policy="minimal")(x, y))
+        assert not torch.allclose(target, baseline)
+
+
+def test_without_a_loss_of_labels_the_tail_is_not_run(study: Study) -> None:
+    stack = Stack(study, (0, 2), [method("fr@1"), method("hold@1")], [0], ALPHA, BATCH)
+    stack.tail.register_forward_hook(lambda *_: pytest.fail("the tail was run"))
+    assert stack.losses(torch.arange(4).unsqueeze(0))[0, 0] > 0
+
+
+def test_names_of_methods() -> None:
+    found = method("fr-joint+relative+fresh@0.9")
+    assert (found.targets, found.alpha, found.relative, found.fresh) == ("joint", 0.9, True, True)
+    assert found.label == "FR, joint, relative, fresh, alpha 0.9"
+    for wrong in ("rf", "fr@", "fr@2", "fr@x", "bp@0.1", "fr+new", "hold+fresh"):
+        with pytest.raises(KeyError):
+            method(wrong)
+    names = ["fr@0.9", "hold@0.1", "fr@0.1", "bp", "fr+relative@0.1"]
+    assert sorted(names, key=order) == ["bp", "fr+relative@0.1", "fr@0.1", "hold@0.1", "fr@0.9"]
 
 
 def test_a_stack_goes_on_where_another_one_was(study: Study) -> None:
