@@ -213,6 +213,7 @@ def figure(
         str, typer.Option(help="Fig. 6: one pair, (1, 4) in the paper. Fig. 7: which.")
     ] = "",
     stages: Annotated[int, typer.Option(min=1, help="Fig. 6: how many baselines.")] = 30,
+    every: Annotated[int, typer.Option(min=1, help="Fig. 6: epochs between two of them.")] = 1,
     samples: Annotated[int, typer.Option(min=1, help="Fig. 4: how many images.")] = 4,
     alpha: Annotated[float | None, typer.Option(help="Instead of the paper's.")] = None,
     output: Output = Path("paper-results"),
@@ -246,9 +247,7 @@ def figure(
         write_compact(records, path.with_suffix(".json"))
     elif number == 6:
         (pair,) = chosen_pairs(benchmark, pairs or f"1,{last - 1}")
-        scores, by_stage = experiments.stages(
-            images, stages, pair, seeds, epochs, weight, ("bp", "fr")
-        )
+        scores, by_stage = experiments.stages(images, stages, every, pair, seeds, epochs, weight)
         drawn = plots.stages(scores, by_stage)
         write_compact([record for some in by_stage for record in some], path.with_suffix(".json"))
     else:

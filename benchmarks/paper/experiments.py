@@ -112,25 +112,35 @@ def embeddings(images: Images, seeds: int, epochs: int, alpha: float) -> list[Re
 def stages(
     images: Images,
     count: int,
+    every: int,
     pair: tuple[int, int],
     seeds: int,
     epochs: int,
     alpha: float,
-    methods: Sequence[str],
-) -> tuple[list[float], list[list[Record]]]:
-    """Post-train networks that were trained for 1, 2, ... epochs (Fig. 6).
+) -> tuple[dict[int, float], list[list[Record]]]:
+    """Post-train networks at several stages of their training, by BP, FR and `hold` (Fig. 6).
+
+    Args:
+        images: The data.
+        count: How many stages.
+        every: How many epochs of training lie between two.
+        pair: (l_S, l_R).
+        seeds: How many runs of each.
+        epochs: How long to post-train.
+        alpha: The weight of the reconstruction loss.
 
     Returns:
-        The accuracy of each before, in %, and the records of its runs.
+        The accuracy of each stage in %, by the epochs that it was trained for, and the records of
+        its runs.
     """
     folder = images.folder / "figure-6"
-    found = _trained_stages(images, count, folder)
+    found = _trained_stages(images, [every * (i + 1) for i in range(count)], folder)
     records = []
-    for epoch, (model, facts) in enumerate(found, start=1):
+    for epoch, (model, facts) in found.items():
         cells = [
             Cell(images.benchmark.name, *pair, name, seed)
             for seed in range(seeds)
-            for name in methods
+            for name in ("bp", "fr", "hold")
         ]
         records.append(
             runs.run_cells(
@@ -144,30 +154,30 @@ def stages(
                 tell=images.tell,
             )
         )
-    return [facts["accuracy"] for _, facts in found], records
+    return {epoch: facts["accuracy"] for epoch, (_, facts) in found.items()}, records
 
 
 def _trained_stages(
-    images: Images, count: int, folder: Path
-) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """Return the network after each epoch of its training; what is saved is not trained again."""
+    images: Images, wanted: Sequence[int], folder: Path
+) -> dict[int, tuple[nn.Module, dict[str, Any]]]:
+    """Return the network after some epochs of its training; what is saved is not trained again."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = networks.build(images.benchmark.spec).to(images.device)
     known = folder / "stages.json"
-    facts = json.loads(known.read_text()) if known.exists() else []
-    if len(facts) < count:
-        facts = []
-        for epoch in itertools.islice(baseline.epochs(model, images.train), count):
+    facts = json.loads(known.read_text()) if known.exists() else {}
+    if not set(map(str, wanted)) <= set(facts):
+        facts = {}
+        for epoch in itertools.islice(baseline.epochs(model, images.train), max(wanted)):
             accuracy = baseline.score(model, images.test)
             models.save_weights(model, folder / f"stage-{epoch:02}.safetensors")
-            facts.append({"accuracy": accuracy, "sha256": baseline.fingerprint(model)})
+            facts[str(epoch)] = {"accuracy": accuracy, "sha256": baseline.fingerprint(model)}
         write_whole(known, json.dumps(facts, indent=1) + "\n")
-    found = []
-    for epoch in range(1, count + 1):
+    found = {}
+    for epoch in wanted:
         model = networks.build(images.benchmark.spec).to(images.device)
         models.load_weights(model, folder / f"stage-{epoch:02}.safetensors")
-        found.append((model.eval(), facts[epoch - 1]))
+        found[epoch] = (model.eval(), facts[str(epoch)])
     return found
 
 

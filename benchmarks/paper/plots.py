@@ -110,17 +110,24 @@ def embeddings(records: Sequence[Record], before: float) -> Figure:
     return figure
 
 
-def stages(before: Sequence[float], records: Sequence[Sequence[Record]]) -> Figure:
-    """Draw Fig. 6: baselines of different stages, and what post-training makes of each."""
+def stages(before: dict[int, float], records: Sequence[Sequence[Record]]) -> Figure:
+    """Draw Fig. 6: baselines of different stages, and what post-training makes of each.
+
+    Args:
+        before: Accuracies in % by the epochs of training before.
+        records: The runs of each.
+    """
     figure = Figure(figsize=(max(6.0, 0.75 * len(before) + 2), 4.5), layout="constrained")
     axis = figure.subplots()
     places = list(range(1, len(before) + 1))
-    axis.plot(places, before, color="black", marker=".", label="baseline")
+    axis.plot(places, list(before.values()), color="black", marker=".", label="baseline")
     by_stage = [next(iter(grouped(some).values())) for some in records]
     last = max(epoch for record in records[0] for epoch in record.accuracies)
-    bp = [list(accuracies(methods["bp"], last).values()) for methods in by_stage]
-    means = [statistics.mean_and_deviation(values)[0] for values in bp]
-    axis.plot(places, means, color="0.6", marker=".", label=f"BP, {last} epochs")
+    for name, style in (("bp", "-"), ("hold", "--")):
+        values = [list(accuracies(methods[name], last).values()) for methods in by_stage]
+        means = [statistics.mean_and_deviation(some)[0] for some in values]
+        label = f"{METHODS[name].label}, {last} epochs"
+        axis.plot(places, means, style, color="0.6", marker=".", label=label)
     epochs = sorted(by_stage[0]["fr"][0].accuracies)
     for i, epoch in enumerate(epochs):
         colour = ("tab:green", "tab:blue", "tab:red")[i % 3]
@@ -137,7 +144,7 @@ def stages(before: Sequence[float], records: Sequence[Sequence[Record]]) -> Figu
             manage_ticks=False,
         )
         axis.plot([], [], color=colour, label=f"FR, {epoch} epoch{'s' if epoch > 1 else ''}")
-    axis.set_xticks(places)
+    axis.set_xticks(places, list(map(str, before)))
     axis.set_xlabel("epochs of training before")
     axis.set_ylabel("test accuracy, %")
     axis.legend()

@@ -157,7 +157,7 @@ def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options += ["--runs", "2", "--epochs", "2", "--baseline-epochs", "1"]
     call("figure", "4", *options, "--samples", "2")
     call("figure", "5", *options)
-    call("figure", "6", *options, "--stages", "2", "--pairs", "1,2")
+    call("figure", "6", *options, "--stages", "2", "--every", "2", "--pairs", "1,2")
     call("figure", "7", *options, "--pairs", "0,2")
     folder = tmp_path / "out" / "mnist"
     for number in (4, 5, 6, 7):
@@ -167,7 +167,11 @@ def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {record.cell.pair for record in embedded} == {(2, 3)}
     staged = read_compact(folder / "figure-6.json")
     assert len({record.settings["baseline"] for record in staged}) == 2
-    assert len(json.loads((folder / "figure-6/stages.json").read_text())) == 2
+    assert len(staged) == 2 * 2 * 3
+    known = json.loads((folder / "figure-6/stages.json").read_text())
+    assert {known[epoch]["sha256"] for epoch in ("2", "4")} == {
+        record.settings["baseline"] for record in staged
+    }
     assert len(read_compact(folder / "figure-7.json")) == 2 * 2 * 2
 
 
