@@ -54,17 +54,19 @@ class Stack:
         }
         self.optimizer = torch.optim.Adam(list(self.weights.values()), lr=LEARNING_RATE)
         alphas = [method.weight(alpha) for method in self.methods]
-        self.alphas = torch.tensor(alphas, device=study.device)
         self.classifying = _rows([weight < 1 for weight in alphas], study.device)
         self.reconstructing = _rows([weight > 0 for weight in alphas], study.device)
         asked = [self.methods[i] for i in self.reconstructing.tolist()]
-        self.absolute = torch.tensor([m.loss == "l1" for m in asked], device=study.device)
+        absolute = [method.loss == "l1" for method in asked]
+        self.absolute = torch.tensor(absolute, device=study.device) if any(absolute) else None
         # By method and seed: only fresh targets differ by the seed.
         self.targets = [
             [study.targets(pair[1], method.targets)] * len(self.seeds) for method in asked
         ]
         scales = [study.scale(pair[1], m.targets) if m.relative else 1.0 for m in asked]
-        self.scales = torch.tensor(scales, device=study.device)
+        weights = torch.tensor(alphas, device=study.device)
+        self.weight_cls = 1 - weights[self.classifying]
+        self.weight_rec = weights[self.reconstructing] / torch.tensor(scales, device=study.device)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.epoch = 0
 
@@ -114,21 +116,18 @@ class Stack:
             entropy = F.cross_entropy(
                 self._logits(asked).flatten(0, 2), labels.flatten(), reduction="none"
             )
-            weights = 1 - self.alphas[self.classifying]
-            weighed = weights * entropy.view(labels.shape).mean(-1)
+            weighed = self.weight_cls * entropy.view(labels.shape).mean(-1)
             loss = loss.index_add(1, self.classifying, weighed)
         if len(self.reconstructing):
+            asked = _select(features, self.reconstructing)
             targets = torch.stack(
                 [torch.stack(list(map(rows, by_seed, index))) for by_seed in self.targets], dim=1
             )
-            deviations = (_select(features, self.reconstructing) - targets).flatten(2)
-            reconstruction = deviations.square().mean(-1)
-            if self.absolute.any():
-                reconstruction = torch.where(
-                    self.absolute, deviations.abs().mean(-1), reconstruction
-                )
-            weights = self.alphas[self.reconstructing] / self.scales
-            loss = loss.index_add(1, self.reconstructing, weights * reconstruction)
+            distance = F.mse_loss(asked, targets, reduction="none").flatten(2).mean(-1)
+            if self.absolute is not None:
+                absolute = F.l1_loss(asked, targets, reduction="none").flatten(2).mean(-1)
+                distance = torch.where(self.absolute, absolute, distance)
+            loss = loss.index_add(1, self.reconstructing, self.weight_rec * distance)
         return loss
 
     def _logits(self, features: Tensor) -> Tensor:
