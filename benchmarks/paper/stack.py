@@ -57,8 +57,7 @@ class Stack:
         self.classifying = _rows([weight < 1 for weight in alphas], study.device)
         self.reconstructing = _rows([weight > 0 for weight in alphas], study.device)
         asked = [self.methods[i] for i in self.reconstructing.tolist()]
-        absolute = [method.loss == "l1" for method in asked]
-        self.absolute = torch.tensor(absolute, device=study.device) if any(absolute) else None
+        self.distances = [method.loss for method in asked]
         # By method and seed: only fresh targets differ by the seed.
         self.targets = [
             [study.targets(pair[1], method.targets)] * len(self.seeds) for method in asked
@@ -119,14 +118,12 @@ class Stack:
             weighed = self.weight_cls * entropy.view(labels.shape).mean(-1)
             loss = loss.index_add(1, self.classifying, weighed)
         if len(self.reconstructing):
-            asked = _select(features, self.reconstructing)
-            targets = torch.stack(
-                [torch.stack(list(map(rows, by_seed, index))) for by_seed in self.targets], dim=1
-            )
-            distance = F.mse_loss(asked, targets, reduction="none").flatten(2).mean(-1)
-            if self.absolute is not None:
-                absolute = F.l1_loss(asked, targets, reduction="none").flatten(2).mean(-1)
-                distance = torch.where(self.absolute, absolute, distance)
+            asked = _select(features, self.reconstructing).unbind(1)
+            distances = [
+                _distance(feature, _targets(by_seed, index), loss=name)
+                for feature, by_seed, name in zip(asked, self.targets, self.distances, strict=True)
+            ]
+            distance = torch.stack(distances, dim=1)
             loss = loss.index_add(1, self.reconstructing, self.weight_rec * distance)
         return loss
 
@@ -213,6 +210,19 @@ def _rows(chosen: Sequence[bool], device: torch.device) -> Tensor:
 def _select(features: Tensor, methods: Tensor) -> Tensor:
     """Return the features of some methods."""
     return features if len(methods) == features.shape[1] else features[:, methods]
+
+
+def _targets(by_seed: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Return the targets of the batch of every seed."""
+    found = list(map(rows, by_seed, index))
+    return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
+
+
+def _distance(features: Tensor, targets: Tensor, loss: str) -> Tensor:
+    """Return the mean distance of a batch of every seed, ``(seeds,)``."""
+    distance = {"mse": F.mse_loss, "l1": F.l1_loss}[loss]
+    apart = distance(features, targets, reduction="none")
+    return apart.mean(tuple(range(1, apart.ndim)))
 
 
 def _chunks(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
