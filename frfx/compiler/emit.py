@@ -12,6 +12,7 @@ from torch import fx, nn
 from frfx import vocabulary
 from frfx.compiler.forward import copy_nodes, forget_unused
 from frfx.compiler.plan import Plan, Step
+from frfx.compiler.pooling import pool_first
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend
 from frfx.rules.base import AffineInversion, Inversion
@@ -48,7 +49,9 @@ class Emitted:
 
     Attributes:
         graph: Reads `x` and `target`, returns `a*`. Its call_module nodes name `model.<path>`
-            (the forward pass), `inverse.<node>` (the inversions), `prepare` and `finish`.
+            and `pooled.<node>` (the forward pass), `inverse.<node>` (the inversions), `prepare` and
+            `finish`.
+        pooled: The children of `pooled`.
         inversions: The children of `inverse`.
         stages: The walk back, in order.
         cut: The name of the forward node that is reconstructed.
@@ -56,6 +59,7 @@ class Emitted:
     """
 
     graph: fx.Graph
+    pooled: nn.Module
     inversions: nn.Module
     stages: tuple[Stage, ...]
     cut: str
@@ -83,7 +87,8 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     feature = walk.target(plan.tail.cut)
     graph.output(graph.call_module("finish", (feature, cut)))
     forget_unused(graph)
-    return Emitted(graph, inversions, tuple(stages), cut.name, feature.name)
+    pooled = pool_first(traced, graph, walk.copies)
+    return Emitted(graph, pooled, inversions, tuple(stages), cut.name, feature.name)
 
 
 class _Walk:

@@ -142,11 +142,13 @@ class Inverse(fx.GraphModule):
 
     Attributes:
         model: The network, as a view that shares the model's parameters.
+        pooled: What pools in its place, without parameters, a child a node.
         inverse: The inversions, one a node.
         prepare: The first node: checks the arguments and readies the factors.
     """
 
     model: nn.Module
+    pooled: nn.Module
     inverse: nn.Module
     prepare: Preparation
     finish: Finish
@@ -162,6 +164,7 @@ class Inverse(fx.GraphModule):
         }
         children = {
             "model": traced.root,
+            "pooled": emitted.pooled,
             "inverse": inversions,
             "prepare": Preparation(traced, plan, factored),
             "finish": Finish(c for c in inversions.children() if isinstance(c, Inversion)),
@@ -178,7 +181,7 @@ class Inverse(fx.GraphModule):
         self.graph.lint()
         self.training = False
         # The model's view is in evaluation mode already, and its train() may write to parameters.
-        for name in ("inverse", "prepare", "finish"):
+        for name in ("pooled", "inverse", "prepare", "finish"):
             self.get_submodule(name).eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -20,6 +20,21 @@ _CHOLESKY_FROM = 24
 _CHOLESKY_FLOOR = 1e-6
 """Cholesky is trusted while every singular value is above this share of the largest."""
 
+_DEFLATION_FROM = 512
+"""From this size on, what few eigenvalues have to be cut off a Gram matrix are looked for alone."""
+
+_DEFLATION_FLOOR = 1e-4
+"""Least cutoff for that: what it leaves of a float64 Gram matrix is exact to single precision."""
+
+_DEFLATED = 64
+"""How many eigenvectors are iterated; half as many, say, are then found in a few steps."""
+
+_DEFLATION_STEPS = 20
+"""Bound on these steps."""
+
+_BLOCK = 512
+"""Rows of large Gram matrices that are computed at a time, up to the diagonal."""
+
 _EXACT_WORK = 1 << 20
 """Multiplications up to which singular values are computed by their own decomposition."""
 
@@ -134,11 +149,8 @@ def pseudo_inverse(
     if exact and gram is None:
         return _by_svd(matrices, rcond, damping, scale)
     adjoint = matrices.mH
-    product = matrices @ adjoint if side == "rows" else adjoint @ matrices
-    if product.shape[-1] < _CHOLESKY_FROM:
-        inverse, spectrum = _by_eigh(product, rcond, damping, scale)
-    else:
-        inverse, spectrum = _by_cholesky(product, rcond, damping, scale)
+    product = gram_matrix(matrices if side == "rows" else adjoint)
+    inverse, spectrum = inverse_gram(product, rcond, damping, scale)
     if gram is not None:
         return inverse, spectrum
     return (adjoint @ inverse if side == "rows" else inverse @ adjoint), spectrum
@@ -233,8 +245,38 @@ def singular_values(matrices: Tensor) -> Tensor:
     rows, columns = matrices.shape[-2:]
     if matrices.numel() * min(rows, columns) <= _EXACT_WORK:
         return torch.linalg.svdvals(matrices)
-    product = matrices @ matrices.mH if rows <= columns else matrices.mH @ matrices
+    product = gram_matrix(matrices if rows <= columns else matrices.mH)
     return torch.linalg.eigvalsh(product).clamp(min=0).sqrt()
+
+
+def gram_matrix(matrices: Tensor) -> Tensor:
+    """Return `A A^H` of (..., m, n) in its type; of large matrices, every product is made once."""
+    size = matrices.shape[-2]
+    if size < 2 * _BLOCK:
+        return matrices @ matrices.mH
+    product = matrices.new_empty(*matrices.shape[:-1], size)
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        rows = matrices[..., start:stop, :] @ matrices[..., :stop, :].mH
+        product[..., start:stop, :stop] = rows
+        product[..., :start, start:stop] = rows[..., :start].mH
+    return product
+
+
+def inverse_gram(
+    product: Tensor, rcond: float, damping: float = 0.0, scale: float | None = None
+) -> tuple[Tensor, Spectrum]:
+    """Invert Gram matrices as `pseudo_inverse` does on its way.
+
+    Args:
+        product: Shape (..., m, m), positive semidefinite, float64 or complex128.
+        rcond: See `pseudo_inverse`; of the matrices whose products they are, as all that follows.
+        damping: See `pseudo_inverse`.
+        scale: See `pseudo_inverse`.
+    """
+    rcond = effective_rcond(rcond, damping)
+    small = product.shape[-1] < _CHOLESKY_FROM
+    return (_by_eigh if small else _by_cholesky)(product, rcond, damping, scale)
 
 
 def _weights(
@@ -290,8 +332,16 @@ def _by_cholesky(
     near = (failed != 0) | ~(bound > floor)
     parts = []
     if bool(near.any()):
-        inverse[near], spectrum = _by_eigh(product[near], rcond, damping, scale)
-        parts.append(spectrum)
+        deflated = None
+        if len(inverse) == 1 and not bool(failed.any()) and rcond >= _DEFLATION_FLOOR:
+            deflated = _without_largest(inverse[0], 1 / ((rcond * scale) ** 2 + shift))
+        if deflated is not None:
+            inverse, value = deflated[0][None], deflated[1]
+            smallest = max(1 / value - shift, 0.0) ** 0.5
+            parts.append(Spectrum(largest, smallest, deficient=smallest <= rcond * scale))
+        else:
+            inverse[near], spectrum = _by_eigh(product[near], rcond, damping, scale)
+            parts.append(spectrum)
     if known:
         return inverse.reshape(*batch, size, size), Spectrum(largest, math.nan, bool(near.any()))
     if not bool(near.all()):
@@ -303,6 +353,40 @@ def _by_cholesky(
         smallest = 1 / float(_largest_eigenvalue(candidates).amax()) - shift
         parts.append(Spectrum(largest, max(smallest, 0.0) ** 0.5, deficient=False))
     return inverse.reshape(*batch, size, size), Spectrum.union(parts)
+
+
+def _without_largest(matrix: Tensor, bound: float) -> tuple[Tensor, float] | None:
+    """Remove the eigenvectors of eigenvalues above a bound from a positive definite matrix.
+
+    Returns:
+        The matrix without them and the largest eigenvalue, or None where they are too many, or too
+        near to one another, for it to be worth while.
+
+    Reference:
+        Subspace iteration with Rayleigh-Ritz projections (Golub and Van Loan, Sec. 8.2.4). The
+        matrix is projected from both sides, so what an eigenvector is off by counts squared.
+    """
+    if matrix.shape[-1] < _DEFLATION_FROM:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(len(matrix), _DEFLATED, generator=generator, dtype=torch.float64)
+    vectors = vectors.to(matrix.device, matrix.dtype)
+    for _ in range(_DEFLATION_STEPS):
+        vectors, _ = torch.linalg.qr(vectors)
+        image = matrix @ vectors
+        values, rotation = torch.linalg.eigh(vectors.mH @ image)
+        vectors, image = vectors @ rotation, image @ rotation
+        error = torch.linalg.vector_norm(image - values * vectors, dim=0)
+        doubtful = (values > bound / 2) & (error > _GRAM_FLOOR * values)
+        if bool(values[0] > bound):
+            return None
+        if not bool(doubtful.any()):
+            found = values > bound
+            vectors, image = vectors[:, found], image[:, found]
+            rest = image - vectors @ (vectors.mH @ image)
+            return matrix - vectors @ image.mH - rest @ vectors.mH, float(values[-1])
+        vectors = image
+    return None
 
 
 def _largest_eigenvalue(product: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ class MaxPoolCopyRule(Rule):
         return _refusal(op)
 
     def build(self, op: Op) -> Inversion:
-        return CopyToWindow(_geometry(op))
+        return CopyToWindow(geometry(op))
 
 
 @register_rule(vocabulary.max_pool, principle="minimal")
@@ -247,7 +247,7 @@ class MaxPoolMinimalRule(Rule):
         return _refusal(op)
 
     def build(self, op: Op) -> Inversion:
-        return MinimalMaxUnpool(_geometry(op))
+        return MinimalMaxUnpool(geometry(op))
 
 
 _SIZES = ("kernel_size", "stride", "padding", "dilation")
@@ -265,7 +265,7 @@ def _refusal(op: Op) -> str | None:
     return None
 
 
-def _geometry(op: Op) -> Callable[[Shape, Shape], tuple[Axis, ...]]:
+def geometry(op: Op) -> Callable[[Shape, Shape], tuple[Axis, ...]]:
     """Return what makes an op's windows from the spatial sizes of its input and its output."""
     if op.type is vocabulary.adaptive_max_pool:
         return adaptive_axes

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import normal, relative
 
+from frfx.linalg import pseudo_inverse as module
 from frfx.linalg.pseudo_inverse import (
     Spectrum,
     default_rcond,
@@ -199,6 +200,31 @@ def test_large_deficient_matrices(shape):
     inverse, spectrum = pseudo_inverse(given, exact=False, rcond=1e-6)
     assert relative(inverse, torch.linalg.pinv(given, rtol=1e-6)) < 1e-8
     assert spectrum.deficient
+
+
+@pytest.mark.parametrize("complex", [False, True])
+@pytest.mark.parametrize(("small", "deflates"), [(0, True), (7, True), (100, False)])
+@pytest.mark.parametrize("shape", [(130, 150), (140, 140)])
+def test_what_few_singular_values_are_cut_off_large_matrices(
+    shape, small, deflates, complex, monkeypatch
+):
+    """Without the eigenvalues of the whole, unless they are many; the last one kept is near."""
+    monkeypatch.setattr(module, "_DEFLATION_FROM", 100)
+    monkeypatch.setattr(module, "_BLOCK", 30)
+    if deflates:
+        monkeypatch.setattr(module, "_by_eigh", None)
+    given = normal(0, *shape)
+    if complex:
+        given = torch.complex(given, normal(1, *shape))
+    left, _, right = torch.linalg.svd(given, full_matrices=False)
+    values = torch.linspace(1, 2e-3, min(shape), dtype=torch.float64)
+    values[1 : 1 + small] = torch.logspace(-5, -3.5, small, dtype=torch.float64)
+    given = left @ (values.to(given.dtype)[:, None] * right)
+    inverse, spectrum = pseudo_inverse(given, exact=False, rcond=1e-3)
+    expected = (right.mH * torch.where(values < 1e-3, 0, 1 / values)) @ left.mH
+    assert relative(as_real(inverse), as_real(expected)) < 1e-8
+    assert spectrum.deficient == (small > 0)
+    assert spectrum.smallest == pytest.approx(float(values.min()), rel=0.05)
 
 
 @pytest.mark.parametrize("size", [3, 30])
