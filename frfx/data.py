@@ -144,24 +144,26 @@ class Batches:
 
 
 def instance_normalise(images: Tensor) -> Tensor:
-    """Shift and scale each channel of each image to zero mean and unit (population) deviation.
+    """Shift and scale each image to zero mean and unit (population) deviation, channels together.
 
-    A constant channel becomes zeros.
+    A constant image becomes zeros.
 
     Args:
-        images: Real tensor ``(..., H, W)``.
+        images: Real tensor ``(..., C, H, W)``.
 
     Returns:
         float32 tensor of the same shape.
 
-    Source: FR-PT, Section 4 ("Data sets are all instance normalized").
+    Source: FR-PT, Section 4 ("Data sets are all instance normalized"). It does not say whether each
+    channel is taken alone. Together, the network for CIFAR-10 comes to the accuracy of the paper's
+    baseline; alone, which takes the cast of colour away, it ends two points below.
     """
     x = images.float()
     # Differences of bytes are exact in float32, a mean of large bytes is not: taken first, they
     # leave a constant image exactly zero, whatever its size.
-    x = x - x[..., :1, :1]
-    x = x - x.mean(dim=(-2, -1), keepdim=True)
-    deviation = x.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    x = x - x[..., :1, :1, :1]
+    x = x - x.mean(dim=(-3, -2, -1), keepdim=True)
+    deviation = x.square().mean(dim=(-3, -2, -1), keepdim=True).sqrt()
     return x / torch.where(deviation > 0, deviation, 1.0)
 
 
