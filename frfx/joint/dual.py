@@ -12,8 +12,11 @@ solution, and dependent ones a single one."""
 _REFINEMENTS = 1
 """Each squares the error that the softness leaves."""
 
+_BLOCKS = 4
+"""How many exchanges of whole blocks every sample is given before anybody counts."""
+
 _PATIENCE = 3
-"""How many exchanges of whole blocks may fail to shrink the infeasibilities before single ones."""
+"""How many more may fail to shrink the infeasibilities before single ones."""
 
 
 def nearest_point_multipliers(gram: Tensor, bound: Tensor, active: Tensor) -> Tensor:
@@ -46,35 +49,52 @@ def nearest_point_multipliers(gram: Tensor, bound: Tensor, active: Tensor) -> Te
     right = torch.where(active, bound * scale, 0)
     height = right.abs().amax(-1, keepdim=True)
     right = right / torch.where(height > 0, height, 1)
-    solution = _complementary(matrix, right, identity)
+    basic = right > 0
+    solution, basic = _complementary(matrix, right, basic, identity)
     for _ in range(_REFINEMENTS):  # the method of multipliers takes the softness back
-        solution = _complementary(matrix, right + _RIDGE * solution, identity)
-    return solution * height * scale
+        solution, basic = _complementary(matrix, right + _RIDGE * solution, basic, identity)
+    return solution * (height * scale)
 
 
-def _complementary(matrix: Tensor, right: Tensor, identity: Tensor) -> Tensor:
-    """Return `u >= 0` with `w = matrix u - right >= 0` and `u w = 0`; `matrix` is definite."""
+def _complementary(
+    matrix: Tensor, right: Tensor, basic: Tensor, identity: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `u >= 0` with `w = matrix u - right >= 0` and `u w = 0`; `matrix` is definite.
+
+    Takes which unknowns are tried first as those above 0, and returns which they are, too.
+    """
     count = matrix.shape[-1]
     tolerance = 64 * count * torch.finfo(matrix.dtype).eps
-    basic = right > 0
-    fewest = torch.full_like(basic[..., 0], count + 1, dtype=torch.long)
-    patience = torch.full_like(fewest, _PATIENCE)
-    order = torch.arange(count, device=matrix.device)
-    for _ in range(50 * (count + 1)):
+    rule = _Exchange(basic)
+    for trial in range(50 * (count + 1)):
         u = _solve(matrix, right, basic, identity)
         w = (matrix @ u[..., None])[..., 0] - right
-        floor = tolerance * u.abs().amax(-1, keepdim=True).clamp(min=1)
-        wrong = torch.where(basic, u < -floor, w < -floor)
-        size = wrong.sum(-1)
-        if not bool(size.any()):  # synchronises: the pivots are few, and the systems small
+        floor = -tolerance * u.abs().amax(-1, keepdim=True).clamp(min=1)
+        wrong = torch.where(basic, u, w) < floor
+        if not bool(wrong.any()):  # synchronises: the pivots are few, and the systems small
             break
-        fewer = size < fewest
-        fewest = torch.where(fewer, size, fewest)
-        patience = torch.where(fewer, _PATIENCE, patience - 1)
-        last = order == torch.where(wrong, order, -1).amax(-1, keepdim=True)
-        whole = fewer | (patience >= 0)
-        basic = basic ^ torch.where(whole[..., None], wrong, wrong & last)
-    return u.clamp(min=0)
+        basic = basic ^ (wrong if trial < _BLOCKS else rule.choose(wrong))
+    return u.clamp(min=0), basic
+
+
+class _Exchange:
+    """Which indices of the wrong sign are exchanged: all, until that fails to make them fewer."""
+
+    def __init__(self, basic: Tensor) -> None:
+        count = basic.shape[-1]
+        self._fewest = torch.full_like(basic[..., 0], count + 1, dtype=torch.long)
+        self._patience = torch.full_like(self._fewest, _PATIENCE)
+        self._order = torch.arange(count, device=basic.device)
+
+    def choose(self, wrong: Tensor) -> Tensor:
+        """Return which of the wrong ones, shape (N, K), are exchanged now."""
+        size = wrong.sum(-1)
+        fewer = size < self._fewest
+        self._fewest = torch.where(fewer, size, self._fewest)
+        self._patience = torch.where(fewer, _PATIENCE, self._patience - 1)
+        last = self._order == torch.where(wrong, self._order, -1).amax(-1, keepdim=True)
+        whole = fewer | (self._patience >= 0)
+        return wrong & (whole[..., None] | last)
 
 
 def _solve(matrix: Tensor, right: Tensor, basic: Tensor, identity: Tensor) -> Tensor:

@@ -152,8 +152,8 @@ def test_the_safeguard_reaches_what_plain_steps_do_not(monkeypatch):
     monkeypatch.setattr(
         margin.MarginPoint,
         "correct",
-        lambda self, offset, weight, cut, behind, use: solve(
-            self, offset, weight, cut, behind, torch.zeros_like(use)
+        lambda self, offset, weight, cut, behind, use, wanted: solve(
+            self, offset, weight, cut, behind, torch.zeros_like(use), wanted
         ),
     )
     plain = frfx.invert(model, 0, policy=policy)
