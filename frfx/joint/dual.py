@@ -38,67 +38,72 @@ def nearest_point_multipliers(gram: Tensor, bound: Tensor, active: Tensor) -> Te
         Judice and Pires (1994): block principal pivoting, which exchanges every index of the wrong
         sign at once, and falls back on Murty's least-index rule, which ends after finitely many.
     """
-    count = gram.shape[-1]
-    size = gram.diagonal(dim1=-2, dim2=-1)
-    active = active & (size > size.amax(-1, keepdim=True) * 1e-24)
-    scale = torch.where(active, size, 1).rsqrt()
-    matrix = gram * scale[..., :, None] * scale[..., None, :]
-    matrix = torch.where(active[..., :, None] & active[..., None, :], matrix, 0)
-    identity = torch.eye(count, dtype=gram.dtype, device=gram.device)
-    matrix = matrix + _RIDGE * identity
-    right = torch.where(active, bound * scale, 0)
-    height = right.abs().amax(-1, keepdim=True)
-    right = right / torch.where(height > 0, height, 1)
-    basic = right > 0
-    solution, basic = _complementary(matrix, right, basic, identity)
+    size = gram.diagonal(dim1=1, dim2=2)
+    active = active & (size > size.amax(1, keepdim=True) * 1e-24)
+    scale = (size.rsqrt().nan_to_num(posinf=0) * active)[..., None]  # 0 for what there is not
+    matrix = gram * scale * scale.mT
+    matrix.diagonal(dim1=1, dim2=2).add_(_RIDGE)
+    right = bound[..., None] * scale
+    height = torch.linalg.vector_norm(right, torch.inf, dim=1, keepdim=True)
+    right = right / height.masked_fill(height == 0, 1)
+    basis = _Basis(matrix, right > 0)
+    solution = _complementary(matrix, right, basis)
     for _ in range(_REFINEMENTS):  # the method of multipliers takes the softness back
-        solution, basic = _complementary(matrix, right + _RIDGE * solution, basic, identity)
-    return solution * (height * scale)
+        solution = _complementary(matrix, right + _RIDGE * solution, basis)
+    return (solution * (height * scale))[..., 0]
 
 
-def _complementary(
-    matrix: Tensor, right: Tensor, basic: Tensor, identity: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return `u >= 0` with `w = matrix u - right >= 0` and `u w = 0`; `matrix` is definite.
+class _Basis:
+    """Which unknowns, as columns (N, K, 1), are basic, the others 0; and the matrix factored so."""
 
-    Takes which unknowns are tried first as those above 0, and returns which they are, too.
+    def __init__(self, matrix: Tensor, basic: Tensor) -> None:
+        self._matrix = matrix
+        self._identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+        self.exchange(basic)
+
+    def exchange(self, basic: Tensor) -> None:
+        """Take other unknowns for basic."""
+        self.basic = basic
+        pairs = basic & basic.mT
+        self._factor, _ = torch.linalg.cholesky_ex(torch.where(pairs, self._matrix, self._identity))
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Solve for the basic unknowns."""
+        return torch.cholesky_solve(right * self.basic, self._factor)
+
+
+def _complementary(matrix: Tensor, right: Tensor, basis: _Basis) -> Tensor:
+    """Return `u >= 0` with `w = matrix u - right >= 0` and `u w = 0`, shapes (N, K, 1).
+
+    Starts from a basis of the matrix, which is definite, and leaves it as that of the solution.
     """
-    count = matrix.shape[-1]
+    count = matrix.shape[1]
     tolerance = 64 * count * torch.finfo(matrix.dtype).eps
-    rule = _Exchange(basic)
+    rule = _Exchange(right)
     for trial in range(50 * (count + 1)):
-        u = _solve(matrix, right, basic, identity)
-        w = (matrix @ u[..., None])[..., 0] - right
-        floor = -tolerance * u.abs().amax(-1, keepdim=True).clamp(min=1)
-        wrong = torch.where(basic, u, w) < floor
+        u = basis.solve(right)
+        w = torch.baddbmm(right, matrix, u, beta=-1)
+        height = torch.linalg.vector_norm(u, torch.inf, dim=1, keepdim=True)
+        wrong = torch.where(basis.basic, u, w) < height.clamp(min=1) * -tolerance
         if not bool(wrong.any()):  # synchronises: the pivots are few, and the systems small
             break
-        basic = basic ^ (wrong if trial < _BLOCKS else rule.choose(wrong))
-    return u.clamp(min=0), basic
+        basis.exchange(basis.basic ^ (wrong if trial < _BLOCKS else rule.choose(wrong)))
+    return u.clamp(min=0)
 
 
 class _Exchange:
     """Which indices of the wrong sign are exchanged: all, until that fails to make them fewer."""
 
-    def __init__(self, basic: Tensor) -> None:
-        count = basic.shape[-1]
-        self._fewest = torch.full_like(basic[..., 0], count + 1, dtype=torch.long)
+    def __init__(self, like: Tensor) -> None:
+        self._fewest = torch.full_like(like[:, :1], like.shape[1] + 1, dtype=torch.long)
         self._patience = torch.full_like(self._fewest, _PATIENCE)
-        self._order = torch.arange(count, device=basic.device)
+        self._order = torch.arange(like.shape[1], device=like.device)[:, None]
 
     def choose(self, wrong: Tensor) -> Tensor:
-        """Return which of the wrong ones, shape (N, K), are exchanged now."""
-        size = wrong.sum(-1)
+        """Return which of the wrong ones, shape (N, K, 1), are exchanged now."""
+        size = wrong.sum(1, keepdim=True)
         fewer = size < self._fewest
         self._fewest = torch.where(fewer, size, self._fewest)
         self._patience = torch.where(fewer, _PATIENCE, self._patience - 1)
-        last = self._order == torch.where(wrong, self._order, -1).amax(-1, keepdim=True)
-        whole = fewer | (self._patience >= 0)
-        return wrong & (whole[..., None] | last)
-
-
-def _solve(matrix: Tensor, right: Tensor, basic: Tensor, identity: Tensor) -> Tensor:
-    """Solve for the basic unknowns of every sample, the others 0."""
-    pairs = basic[..., :, None] & basic[..., None, :]
-    factor, _ = torch.linalg.cholesky_ex(torch.where(pairs, matrix, identity))
-    return torch.cholesky_solve(torch.where(basic, right, 0)[..., None], factor)[..., 0]
+        last = self._order == torch.where(wrong, self._order, -1).amax(1, keepdim=True)
+        return wrong & (fewer | (self._patience >= 0) | last)

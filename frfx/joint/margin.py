@@ -173,13 +173,14 @@ class MarginPoint:
                     row = entry[start:stop] - group.start
                     matrix[row, place[start:stop] + 1] = others[start:stop].double()
                 matrix[:, width] = cut[chosen]
-                back = (matrix @ offset[chosen].double()[..., None])[..., 0]
+                back = torch.bmm(matrix, offset[chosen].double()[..., None])[..., 0]
                 bound = torch.cat([-self._surplus[chosen, :width], behind[chosen, None]], 1)
-                bound = bound - weight[chosen, None] * back
+                bound = torch.addcmul(bound.double(), weight[chosen, None], back, value=-1)
                 active = torch.cat([in_way, use_cut[chosen, None]], 1)
-                multipliers = nearest_point_multipliers(matrix @ matrix.mT, bound, active)
-                found = (multipliers[:, None] @ matrix)[:, 0]
-                correction[chosen] = found.to(correction.dtype)
+                gram = torch.bmm(matrix, matrix.mT)
+                multipliers = nearest_point_multipliers(gram, bound, active)
+                found = torch.bmm(multipliers[:, None], matrix)
+                correction[chosen] = found[:, 0].to(correction.dtype)
                 start = stop
         return correction
 

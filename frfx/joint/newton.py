@@ -105,7 +105,7 @@ def nearest_feature(
         stalls = worse & live.worse | violation.isinf()
         live.worse = worse
         smooth = (live.misses == 0) & (gain >= 0)
-        live.misses = torch.where(reached, 0, live.misses + (~stalls).long())
+        live.misses = (live.misses + ~stalls) * ~reached
         idle = reached & (gain < tolerance)
         done = idle & (smooth | (live.weight < 1)) | reached & (distance == 0)
         live.weight = torch.where(idle, _SHORTER * live.weight, live.weight)
@@ -117,7 +117,8 @@ def nearest_feature(
         whole = weight == 1
         done |= reached & whole & (distance <= (1 + tolerance) * found.norm(dim=1))
         step = torch.addcmul(found, weight[:, None], offset)
-        if bool(stalls.any()):
+        back = bool(stalls.any())  # synchronises
+        if back:
             step = torch.where(stalls[:, None], live.step, step)
             found = torch.where(stalls[:, None], live.cut, found)
         length = step.norm(dim=1)
@@ -125,13 +126,18 @@ def nearest_feature(
         longest = _REACH[min(count, 1)] * size[rows]
         share = (longest / length).clamp(max=1).nan_to_num(nan=1)
         slope = torch.linalg.vecdot(found, step)
-        less = live.share * torch.where(violation.isinf(), 0.1, 0.5)
-        moved = torch.where(stalls, less - live.share, share)
-        live.share = torch.where(stalls, less, share)
-        live.slope = torch.where(stalls, live.slope, slope)
-        live.before = torch.where(stalls, live.before, violation)
-        live.restored = torch.where(stalls, live.restored, restored)
-        live.has_cut = torch.where(stalls, live.has_cut, whole | restored)
+        moved = share
+        has_cut = whole | restored
+        if back:
+            less = live.share * torch.where(violation.isinf(), 0.1, 0.5)
+            moved = torch.where(stalls, less - live.share, share)
+            share = torch.where(stalls, less, share)
+            slope = torch.where(stalls, live.slope, slope)
+            violation = torch.where(stalls, live.before, violation)
+            restored = torch.where(stalls, live.restored, restored)
+            has_cut = torch.where(stalls, live.has_cut, has_cut)
+        live.share, live.slope, live.has_cut = share, slope, has_cut
+        live.before, live.restored = violation, restored
         live.step, live.cut = step, found
         live.at = torch.addcmul(at, moved[:, None], step)
         live.keep(~done)
