@@ -12,8 +12,11 @@ solution, and dependent ones a single one."""
 _REFINEMENTS = 1
 """Each squares the error that the softness leaves."""
 
+_BLOCKS = 4
+"""How many exchanges of whole blocks every sample is given before anybody counts."""
+
 _PATIENCE = 3
-"""How many exchanges of whole blocks may fail to shrink the infeasibilities before single ones."""
+"""How many more may fail to shrink the infeasibilities before single ones."""
 
 
 def nearest_point_multipliers(gram: Tensor, bound: Tensor, active: Tensor) -> Tensor:
@@ -35,50 +38,72 @@ def nearest_point_multipliers(gram: Tensor, bound: Tensor, active: Tensor) -> Te
         Judice and Pires (1994): block principal pivoting, which exchanges every index of the wrong
         sign at once, and falls back on Murty's least-index rule, which ends after finitely many.
     """
-    count = gram.shape[-1]
-    size = gram.diagonal(dim1=-2, dim2=-1)
-    active = active & (size > size.amax(-1, keepdim=True) * 1e-24)
-    scale = torch.where(active, size, 1).rsqrt()
-    matrix = gram * scale[..., :, None] * scale[..., None, :]
-    matrix = torch.where(active[..., :, None] & active[..., None, :], matrix, 0)
-    identity = torch.eye(count, dtype=gram.dtype, device=gram.device)
-    matrix = matrix + _RIDGE * identity
-    right = torch.where(active, bound * scale, 0)
-    height = right.abs().amax(-1, keepdim=True)
-    right = right / torch.where(height > 0, height, 1)
-    solution = _complementary(matrix, right, identity)
+    size = gram.diagonal(dim1=1, dim2=2)
+    active = active & (size > size.amax(1, keepdim=True) * 1e-24)
+    scale = (size.rsqrt().nan_to_num(posinf=0) * active)[..., None]  # 0 for what there is not
+    matrix = gram * scale * scale.mT
+    matrix.diagonal(dim1=1, dim2=2).add_(_RIDGE)
+    right = bound[..., None] * scale
+    height = torch.linalg.vector_norm(right, torch.inf, dim=1, keepdim=True)
+    right = right / height.masked_fill(height == 0, 1)
+    basis = _Basis(matrix, right > 0)
+    solution = _complementary(matrix, right, basis)
     for _ in range(_REFINEMENTS):  # the method of multipliers takes the softness back
-        solution = _complementary(matrix, right + _RIDGE * solution, identity)
-    return solution * height * scale
+        solution = _complementary(matrix, right + _RIDGE * solution, basis)
+    return (solution * (height * scale))[..., 0]
 
 
-def _complementary(matrix: Tensor, right: Tensor, identity: Tensor) -> Tensor:
-    """Return `u >= 0` with `w = matrix u - right >= 0` and `u w = 0`; `matrix` is definite."""
-    count = matrix.shape[-1]
+class _Basis:
+    """Which unknowns, as columns (N, K, 1), are basic, the others 0; and the matrix factored so."""
+
+    def __init__(self, matrix: Tensor, basic: Tensor) -> None:
+        self._matrix = matrix
+        self._identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+        self.exchange(basic)
+
+    def exchange(self, basic: Tensor) -> None:
+        """Take other unknowns for basic."""
+        self.basic = basic
+        pairs = basic & basic.mT
+        self._factor, _ = torch.linalg.cholesky_ex(torch.where(pairs, self._matrix, self._identity))
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Solve for the basic unknowns."""
+        return torch.cholesky_solve(right * self.basic, self._factor)
+
+
+def _complementary(matrix: Tensor, right: Tensor, basis: _Basis) -> Tensor:
+    """Return `u >= 0` with `w = matrix u - right >= 0` and `u w = 0`, shapes (N, K, 1).
+
+    Starts from a basis of the matrix, which is definite, and leaves it as that of the solution.
+    """
+    count = matrix.shape[1]
     tolerance = 64 * count * torch.finfo(matrix.dtype).eps
-    basic = right > 0
-    fewest = torch.full_like(basic[..., 0], count + 1, dtype=torch.long)
-    patience = torch.full_like(fewest, _PATIENCE)
-    order = torch.arange(count, device=matrix.device)
-    for _ in range(50 * (count + 1)):
-        u = _solve(matrix, right, basic, identity)
-        w = (matrix @ u[..., None])[..., 0] - right
-        floor = tolerance * u.abs().amax(-1, keepdim=True).clamp(min=1)
-        wrong = torch.where(basic, u < -floor, w < -floor)
-        size = wrong.sum(-1)
-        if not bool(size.any()):  # synchronises: the pivots are few, and the systems small
+    rule = _Exchange(right)
+    for trial in range(50 * (count + 1)):
+        u = basis.solve(right)
+        w = torch.baddbmm(right, matrix, u, beta=-1)
+        height = torch.linalg.vector_norm(u, torch.inf, dim=1, keepdim=True)
+        wrong = torch.where(basis.basic, u, w) < height.clamp(min=1) * -tolerance
+        if not bool(wrong.any()):  # synchronises: the pivots are few, and the systems small
             break
-        fewer = size < fewest
-        fewest = torch.where(fewer, size, fewest)
-        patience = torch.where(fewer, _PATIENCE, patience - 1)
-        last = order == torch.where(wrong, order, -1).amax(-1, keepdim=True)
-        whole = fewer | (patience >= 0)
-        basic = basic ^ torch.where(whole[..., None], wrong, wrong & last)
+        basis.exchange(basis.basic ^ (wrong if trial < _BLOCKS else rule.choose(wrong)))
     return u.clamp(min=0)
 
 
-def _solve(matrix: Tensor, right: Tensor, basic: Tensor, identity: Tensor) -> Tensor:
-    """Solve for the basic unknowns of every sample, the others 0."""
-    pairs = basic[..., :, None] & basic[..., None, :]
-    factor, _ = torch.linalg.cholesky_ex(torch.where(pairs, matrix, identity))
-    return torch.cholesky_solve(torch.where(basic, right, 0)[..., None], factor)[..., 0]
+class _Exchange:
+    """Which indices of the wrong sign are exchanged: all, until that fails to make them fewer."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._fewest = torch.full_like(like[:, :1], like.shape[1] + 1, dtype=torch.long)
+        self._patience = torch.full_like(self._fewest, _PATIENCE)
+        self._order = torch.arange(like.shape[1], device=like.device)[:, None]
+
+    def choose(self, wrong: Tensor) -> Tensor:
+        """Return which of the wrong ones, shape (N, K, 1), are exchanged now."""
+        size = wrong.sum(1, keepdim=True)
+        fewer = size < self._fewest
+        self._fewest = torch.where(fewer, size, self._fewest)
+        self._patience = torch.where(fewer, _PATIENCE, self._patience - 1)
+        last = self._order == torch.where(wrong, self._order, -1).amax(1, keepdim=True)
+        return wrong & (fewer | (self._patience >= 0) | last)

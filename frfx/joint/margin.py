@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,16 @@ _WINDOW = 0.2
 violation that the sample has had: a step of that size may bring it there."""
 
 _FORGET = 0.3
+
+_FIRST = 0.5
+"""The first step has rows for the classes that miss by this share of the largest violation, at
+least: it comes from so far away that the next looks anew at all others."""
+
+_FEW = 32
+"""Fewer samples than that are solved for together with those that have more classes in the way."""
+
+_NORMAL = (1e-30, 1e30)
+"""Squared norms of rows that every type holds without a loss."""
 
 _ROW_MEMORY = 1 << 27
 """How many numbers the rows of the samples that are solved for together may hold."""
@@ -41,29 +51,33 @@ class MarginConstraint:
 
     def judge(self, output: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the logits (L, K) of some samples miss, and whether that is nothing."""
-        violation = (-self._surplus(output, rows).amin(1)).clamp(min=0)
+        violation = (-self.surplus(output, rows).amin(1)).clamp(min=0)
         return violation, violation == 0
 
-    def _surplus(self, logits: Tensor, rows: Tensor) -> Tensor:
+    def surplus(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Return by how much the label wins over every other class, beyond the margin."""
         labels = self.labels[rows, None]
-        surplus = logits.gather(1, labels) - logits - self.margin
-        return surplus.scatter(1, labels, torch.inf)
+        surplus = logits.gather(1, labels) - self.margin - logits
+        return surplus.scatter_(1, labels, torch.inf)
 
     def linearise(self, feature: Tensor, rows: Tensor) -> MarginPoint:
         """Return the constraint at the features (L, ...) of some samples."""
-        with torch.enable_grad():
-            leaf = feature.detach().requires_grad_()
-            logits = self.region(leaf, rows)
-        values = logits.detach()
-        surplus = self._surplus(values, rows)
-        violation = (-surplus.amin(1)).clamp(min=0)
+        return MarginPoint(self, feature, rows)
+
+    def window(self, violation: Tensor, rows: Tensor) -> Tensor:
+        """Return below which surplus a class is in the way of some samples, shape (L, 1)."""
         if self.largest is None:
-            self.largest = surplus.new_zeros(len(self.labels))
-        finite = torch.isfinite(values).all(1)
-        largest = torch.where(finite, violation, 0).maximum(_FORGET * self.largest[rows])
+            self.largest = violation.new_zeros(len(self.labels))
+        largest = violation.maximum(_FORGET * self.largest[rows])
         self.largest[rows] = largest
-        return MarginPoint(self, leaf, rows, logits, surplus, violation, finite, largest)
+        return (_WINDOW * largest).clamp(min=self.margin)[:, None]
+
+    def slopes(self, feature: Tensor, logits: Tensor, rows: Tensor, rivals: Tensor) -> Tensor:
+        """Return the gradients of `g_y - g_i` for one rival i a sample, shape (L, n)."""
+        side = torch.zeros_like(logits).scatter_(1, self.labels[rows, None], 1)
+        side.scatter_add_(1, rivals[:, None], side.new_full((len(rows), 1), -1))
+        (slopes,) = torch.autograd.grad(logits, feature, side)
+        return slopes.flatten(1)
 
 
 class MarginPoint:
@@ -74,31 +88,47 @@ class MarginPoint:
         reached: Whether the label wins by the margin, up to the slack, shape (L,).
     """
 
-    def __init__(
-        self,
-        constraint: MarginConstraint,
-        leaf: Tensor,
-        rows: Tensor,
-        logits: Tensor,
-        surplus: Tensor,
-        violation: Tensor,
-        finite: Tensor,
-        largest: Tensor,
-    ) -> None:
-        self._constraint, self._leaf, self._rows, self._logits = constraint, leaf, rows, logits
-        self.violation = torch.where(finite, violation, torch.inf)
-        self.reached = finite & (violation <= constraint.slack)
-        # The set is chosen anew at every step: what a step brings into the way is seen at the next.
+    def __init__(self, constraint: MarginConstraint, feature: Tensor, rows: Tensor) -> None:
+        self._constraint, self._rows = constraint, rows
+        self._leaf = feature.detach().requires_grad_()
+        with torch.enable_grad():
+            self._logits = constraint.region(self._leaf, rows)
+        logits = self._logits.detach()
+        self._all = constraint.surplus(logits, rows)
+        violation = (-self._all.amin(1)).clamp(min=0)
+        self.violation = torch.where(torch.isfinite(logits).all(1), violation, torch.inf)
+        self.reached = self.violation <= constraint.slack
+
+    def _look(self, wanted: Tensor) -> None:
+        """Choose the classes that get rows.
+
+        The set is chosen anew at every step: what a step brings into the way is seen at the next.
+        """
+        constraint, surplus = self._constraint, self._all
+        first = constraint.largest is None
+        finite = self.violation.isfinite()
+        violation = torch.where(finite, self.violation, 0)
         self._surplus, self._rivals = surplus.topk(
             min(constraint.classes, max(1, surplus.shape[1] - 1)), largest=False
         )
-        window = (_WINDOW * largest).clamp(min=constraint.margin)
-        self._in_way = self._surplus < window[:, None]
+        self._in_way = self._surplus < constraint.window(violation, self._rows)
+        if first:
+            self._in_way &= self._surplus <= _FIRST * self._surplus[:, :1]
         self._in_way[:, 0] = True
-        self._in_way &= finite[:, None]
+        self._in_way &= (finite & wanted)[:, None]
+        # What is missing within the slack may cost far more to win back than it is.
+        self._surplus = torch.where(
+            self.reached[:, None], self._surplus.clamp(min=0), self._surplus
+        )
 
     def correct(
-        self, offset: Tensor, weight: Tensor, cut: Tensor, behind: Tensor, use_cut: Tensor
+        self,
+        offset: Tensor,
+        weight: Tensor,
+        cut: Tensor,
+        behind: Tensor,
+        use_cut: Tensor,
+        wanted: Tensor,
     ) -> Tensor:
         """Return the least correction d with which `weight * offset + d` meets the linearisation.
 
@@ -109,90 +139,82 @@ class MarginPoint:
             behind: The step may not fall back behind that one: its product with the cut is this at
                 least, shape (L,).
             use_cut: Where that is asked for, shape (L,), bool.
+            wanted: For which samples the correction is asked, shape (L,), bool; 0 for the others.
         """
-        with torch.enable_grad():
-            gap = self._gap(self._logits, self._rows, self._rivals[:, 0])
-            (first,) = torch.autograd.grad(gap.sum(), self._leaf)
-        first = first.flatten(1)
+        self._look(wanted)
+        first = self._constraint.slopes(self._leaf, self._logits, self._rows, self._rivals[:, 0])
+        count = self._in_way.sum(1)
+        size = first.square().sum(1)
+        alone = (count == 1) & ~use_cut & (size > _NORMAL[0]) & (size < _NORMAL[1])
         correction = torch.zeros_like(first)
-        for part in self._parts(first.shape[1]):
-            others = self._other_rows(part)
-            for chosen, width in self._groups(part):
-                group = part[chosen]
-                in_way = self._in_way[group, :width]
-                matrix = first.new_zeros(len(group), width + 1, first.shape[1]).double()
-                matrix[:, 0] = first[group]
-                entry, place = in_way[:, 1:].nonzero(as_tuple=True)
-                matrix[entry, place + 1] = others.of(chosen).double()
-                matrix[:, width] = cut[group]
-                back = (weight[group, None] * offset[group]).double()
-                surplus = self._surplus[group, :width]
-                # What is missing within the slack may cost far more to win back than it is.
-                surplus = torch.where(self.reached[group, None], surplus.clamp(min=0), surplus)
-                bound = torch.cat([-surplus, behind[group, None]], 1).double()
-                bound = bound - (matrix @ back[..., None])[..., 0]
-                active = torch.cat([in_way, use_cut[group, None]], 1)
-                multipliers = nearest_point_multipliers(matrix @ matrix.mT, bound, active)
-                found = (matrix.mT @ multipliers[..., None])[..., 0]
-                correction[group] = found.to(correction.dtype)
+        index = alone.nonzero()[:, 0]
+        if len(index):  # the nearest point of a half-space
+            row = first[index]
+            back = weight[index] * torch.linalg.vecdot(row, offset[index])
+            missing = (-self._surplus[index, 0] - back).clamp(min=0)
+            correction[index] = row * (missing / size[index])[:, None]
+        index = ((count > 0) & ~alone).nonzero()[:, 0]
+        index = index[count[index].argsort(stable=True)]
+        counts = count[index].tolist()
+        for piece in self._pieces(counts, first.shape[1]):
+            part, widths = index[piece], counts[piece]
+            entry, place = self._in_way[part, 1:].nonzero(as_tuple=True)
+            others = self._other_rows(part[entry], place + 1)
+            start = 0
+            for group, width in _groups(widths):
+                chosen = part[group]
+                in_way = self._in_way[chosen, :width]
+                stop = start + sum(widths[group]) - len(chosen)
+                matrix = first.new_zeros(
+                    len(chosen), width + 1, first.shape[1], dtype=torch.float64
+                )
+                matrix[:, 0] = first[chosen]
+                if stop > start:
+                    row = entry[start:stop] - group.start
+                    matrix[row, place[start:stop] + 1] = others[start:stop].double()
+                matrix[:, width] = cut[chosen]
+                back = torch.bmm(matrix, offset[chosen].double()[..., None])[..., 0]
+                bound = torch.cat([-self._surplus[chosen, :width], behind[chosen, None]], 1)
+                bound = torch.addcmul(bound.double(), weight[chosen, None], back, value=-1)
+                active = torch.cat([in_way, use_cut[chosen, None]], 1)
+                gram = torch.bmm(matrix, matrix.mT)
+                multipliers = nearest_point_multipliers(gram, bound, active)
+                found = torch.bmm(multipliers[:, None], matrix)
+                correction[chosen] = found[:, 0].to(correction.dtype)
+                start = stop
         return correction
 
-    def _parts(self, size: int) -> Iterator[Tensor]:
-        """Yield samples whose rows fit into memory together; those with no class in the way never.
+    def _pieces(self, counts: list[int], size: int) -> Iterator[slice]:
+        """Yield samples whose rows fit into memory together."""
+        length = max(1, _ROW_MEMORY // ((max(counts, default=0) + 1) * size))
+        yield from (slice(start, start + length) for start in range(0, len(counts), length))
 
-        Those are the samples that are not numbers.
-        """
-        count = self._in_way.sum(1)
-        index = count.nonzero()[:, 0]
-        widest = int(count.max()) + 1 if len(count) else 1
-        yield from (p for p in index.split(max(1, _ROW_MEMORY // (widest * size))) if len(p))
-
-    def _groups(self, part: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Yield which samples of a part have about as many classes in the way, and how many."""
-        count = self._in_way[part].sum(1)
-        low, most = 0, int(count.max())
-        while low < most:
-            high = max(2, 2 * low)
-            chosen = ((count > low) & (count <= high)).nonzero()[:, 0]
-            if len(chosen):
-                yield chosen, min(high, most)
-            low = high
-
-    def _other_rows(self, part: Tensor) -> _Rows:
-        """Return the rows of all rivals but the first: one sample and class an entry of a batch."""
-        entry, place = self._in_way[part, 1:].nonzero(as_tuple=True)
-        width = len(self._rows)
-        gradients = [self._leaf.new_zeros(0, self._leaf[0].numel())]
-        for start in range(0, len(entry), width):
-            sample, rank = part[entry[start : start + width]], place[start : start + width] + 1
-            rows = self._rows[sample]
+    def _other_rows(self, sample: Tensor, rank: Tensor) -> Tensor:
+        """Return the rows of other rivals than the first, one sample and rank each."""
+        rows = [self._leaf.new_zeros(0, self._leaf[0].numel())]
+        for some, place in zip(
+            sample.split(len(self._rows)), rank.split(len(self._rows)), strict=True
+        ):
+            if len(some) == 0:
+                break
+            leaf = self._leaf.detach()[some].requires_grad_()
             with torch.enable_grad():
-                leaf = self._leaf.detach()[sample].requires_grad_()
-                logits = self._constraint.region(leaf, rows)
-                gap = self._gap(logits, rows, self._rivals[sample, rank])
-                (gradient,) = torch.autograd.grad(gap.sum(), leaf)
-            gradients.append(gradient.flatten(1))
-        return _Rows(entry, torch.cat(gradients))
-
-    def _gap(self, logits: Tensor, rows: Tensor, rivals: Tensor) -> Tensor:
-        """Return `g_y - g_i` for one rival a row."""
-        labels = self._constraint.labels[rows, None]
-        return logits.gather(1, labels) - logits.gather(1, rivals[:, None])
+                logits = self._constraint.region(leaf, self._rows[some])
+            rivals = self._rivals[some, place]
+            rows.append(self._constraint.slopes(leaf, logits, self._rows[some], rivals))
+        return torch.cat(rows)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of the Jacobian, one sample after the other.
+def _groups(counts: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Yield which of some samples have about as many classes in the way, and how many.
 
-    Attributes:
-        sample: To which sample of the part a row belongs, ascending.
-        gradients: The rows.
+    Args:
+        counts: How many every sample has, in ascending order.
     """
-
-    sample: Tensor
-    gradients: Tensor
-
-    def of(self, chosen: Tensor) -> Tensor:
-        """Return the rows of some samples, given in ascending order."""
-        wanted = torch.isin(self.sample, chosen)
-        return self.gradients if bool(wanted.all()) else self.gradients[wanted]
+    start, high = 0, 1
+    while start < len(counts):
+        stop = bisect_right(counts, high)
+        if stop - start >= _FEW or stop == len(counts):
+            yield slice(start, stop), counts[stop - 1]
+            start = stop
+        high *= 2

@@ -57,7 +57,13 @@ class OutputPoint:
         self.reached = self.violation <= slack
 
     def correct(
-        self, offset: Tensor, weight: Tensor, cut: Tensor, behind: Tensor, use_cut: Tensor
+        self,
+        offset: Tensor,
+        weight: Tensor,
+        cut: Tensor,
+        behind: Tensor,
+        use_cut: Tensor,
+        wanted: Tensor,
     ) -> Tensor:
         """Return the least correction d with which `weight * offset + d` meets the linearisation.
 
@@ -65,10 +71,11 @@ class OutputPoint:
             offset: From here to the forward feature, shape (L, n).
             weight: How much of it is gone back, shape (L,).
             cut, behind, use_cut: Not used: the target is a point.
+            wanted: For which samples it is asked, shape (L,), bool; 0 for the others.
         """
         del cut, behind, use_cut
         # What is missing of a target that counts as reached may cost far more than it is.
-        finite = self.violation.isfinite()[:, None]
+        finite = (wanted & self.violation.isfinite())[:, None]
         residual = torch.where(finite & ~self.reached[:, None], self._residual, 0)
         residual = residual - self._jacobian.mv(weight[:, None] * offset)
         tolerance = 0.1 * torch.finfo(residual.dtype).eps ** 0.5

@@ -28,7 +28,13 @@ class Point(Protocol):
     reached: Tensor
 
     def correct(
-        self, offset: Tensor, weight: Tensor, cut: Tensor, behind: Tensor, use_cut: Tensor
+        self,
+        offset: Tensor,
+        weight: Tensor,
+        cut: Tensor,
+        behind: Tensor,
+        use_cut: Tensor,
+        wanted: Tensor,
     ) -> Tensor:
         """Return the least d with which `weight * offset + d` meets the linearised constraint."""
 
@@ -90,7 +96,7 @@ def nearest_feature(
         if count == 0:  # the slack is for what a step has missed by, not for what needs none
             point.reached = point.reached & (point.violation <= 0)
         violation, reached = point.violation, point.reached
-        offset = start[rows] - at
+        offset = live.origin - at
         distance = offset.norm(dim=1)
         gain = best.update(rows, at, distance, violation, reached, count)
         if count == steps:
@@ -99,32 +105,41 @@ def nearest_feature(
         stalls = worse & live.worse | violation.isinf()
         live.worse = worse
         smooth = (live.misses == 0) & (gain >= 0)
-        live.misses = torch.where(reached, 0, live.misses + (~stalls).long())
+        live.misses = (live.misses + ~stalls) * ~reached
         idle = reached & (gain < tolerance)
         done = idle & (smooth | (live.weight < 1)) | reached & (distance == 0)
         live.weight = torch.where(idle, _SHORTER * live.weight, live.weight)
         restored = ~reached & (live.misses > _PATIENCE)
         weight = torch.where(reached, live.weight, (~restored).to(at.dtype))
         use_cut = live.has_cut & ~reached
-        behind = (live.cut * (live.cut + live.pivot - at)).sum(1)
-        found = point.correct(offset, weight, live.cut, behind, use_cut)
+        behind = (1 - live.share) * live.slope
+        found = point.correct(offset, weight, live.cut, behind, use_cut, ~(done | stalls))
         whole = weight == 1
         done |= reached & whole & (distance <= (1 + tolerance) * found.norm(dim=1))
-        step = weight[:, None] * offset + found
-        length = step.norm(dim=1, keepdim=True)
-        done |= ~reached & (length[:, 0] == 0)  # nothing that it could do moves it
-        longest = _REACH[min(count, 1)] * size[rows, None]
-        step = step * (longest / length).clamp(max=1).nan_to_num(nan=1)
-        again = stalls[:, None]
-        live.length = torch.where(stalls, live.length * torch.where(violation.isinf(), 0.1, 0.5), 1)
-        live.base = torch.where(again, live.base, at)
-        live.step = torch.where(again, live.step, step)
-        live.before = torch.where(stalls, live.before, violation)
-        live.restored = torch.where(stalls, live.restored, restored)
-        live.cut = torch.where(again, live.cut, found)
-        live.pivot = torch.where(again, live.pivot, at + weight[:, None] * offset)
-        live.has_cut = torch.where(stalls, live.has_cut, whole | restored)
-        live.at = live.base + live.length[:, None] * live.step
+        step = torch.addcmul(found, weight[:, None], offset)
+        back = bool(stalls.any())  # synchronises
+        if back:
+            step = torch.where(stalls[:, None], live.step, step)
+            found = torch.where(stalls[:, None], live.cut, found)
+        length = step.norm(dim=1)
+        done |= ~reached & (length == 0)  # nothing that it could do moves it
+        longest = _REACH[min(count, 1)] * size[rows]
+        share = (longest / length).clamp(max=1).nan_to_num(nan=1)
+        slope = torch.linalg.vecdot(found, step)
+        moved = share
+        has_cut = whole | restored
+        if back:
+            less = live.share * torch.where(violation.isinf(), 0.1, 0.5)
+            moved = torch.where(stalls, less - live.share, share)
+            share = torch.where(stalls, less, share)
+            slope = torch.where(stalls, live.slope, slope)
+            violation = torch.where(stalls, live.before, violation)
+            restored = torch.where(stalls, live.restored, restored)
+            has_cut = torch.where(stalls, live.has_cut, has_cut)
+        live.share, live.slope, live.has_cut = share, slope, has_cut
+        live.before, live.restored = violation, restored
+        live.step, live.cut = step, found
+        live.at = torch.addcmul(at, moved[:, None], step)
         live.keep(~done)
     report = Report(best.reached, best.steps, best.distance, best.violation)
     return best.at.reshape(shape), report
@@ -170,21 +185,29 @@ class _Best:
 
 
 class _Live:
-    """What is known of the samples still under way; every attribute has one entry a sample."""
+    """What is known of the samples still under way; every attribute has one entry a sample.
+
+    Attributes:
+        origin: The forward feature.
+        at: Where the sample is.
+        step: The step that has led there, as it was solved for.
+        share: How much of it was gone.
+        cut: The correction in it, a constraint on the next: that may not fall back behind it.
+        slope: The product of the two.
+    """
 
     def __init__(self, start: Tensor, rows: Tensor) -> None:
         count, device = len(start), start.device
         self.rows = rows
-        self.at, self.base = start, start
-        self.step = torch.zeros_like(start)
-        self.length = start.new_ones(count)
+        self.origin, self.at = start, start
+        self.step = self.cut = torch.zeros_like(start)
+        self.share = start.new_ones(count)
+        self.slope = start.new_zeros(count)
         self.before = start.new_full((count,), torch.inf)
         self.weight = start.new_ones(count)
         self.misses = torch.zeros(count, dtype=torch.long, device=device)
         self.worse = torch.zeros(count, dtype=torch.bool, device=device)
         self.restored = torch.zeros(count, dtype=torch.bool, device=device)
-        self.cut = torch.zeros_like(start)
-        self.pivot = start
         self.has_cut = torch.zeros(count, dtype=torch.bool, device=device)
 
     def keep(self, chosen: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
@@ -68,6 +69,18 @@ def test_whole_numbers_and_ties():
     y = torch.arange(40) % 4
     measured = frfx.measure(frfx.invert(model, 0, policy="joint"), x, y)
     assert measured.label_consistency == 1
+
+
+def test_rows_whose_squares_underflow():
+    model, x = linear_tail(5, 6, 3), normal(7, 30, 6)
+    y = torch.arange(30) % 3
+    small = copy.deepcopy(model).float()
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.mul_(1e-20)
+    found = frfx.invert(small, 0, policy=frfx.policy.joint(margin=1e-22))(x.float(), y)
+    expected = frfx.invert(model, 0, policy=frfx.policy.joint(margin=1e-2))(x, y)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def tanh_network(seed: int) -> nn.Module:
@@ -152,8 +165,8 @@ def test_the_safeguard_reaches_what_plain_steps_do_not(monkeypatch):
     monkeypatch.setattr(
         margin.MarginPoint,
         "correct",
-        lambda self, offset, weight, cut, behind, use: solve(
-            self, offset, weight, cut, behind, torch.zeros_like(use)
+        lambda self, offset, weight, cut, behind, use, wanted: solve(
+            self, offset, weight, cut, behind, torch.zeros_like(use), wanted
         ),
     )
     plain = frfx.invert(model, 0, policy=policy)
