@@ -173,6 +173,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
         is_size = isinstance(value, (int, float)) and 0 <= value < math.inf
         if name in _SIZES and not is_size and not (name in ("rcond", "damping") and value is None):
             raise PolicyError(f"{name} is a finite number from 0 on, not {value!r}")
+        if name == "clamp_margin" and value >= 1:
+            raise PolicyError(f"clamp_margin={value!r} leaves no range: it is less than 1")
 
 
 def paper(
