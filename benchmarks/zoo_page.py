@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -35,8 +36,8 @@ segmentation: at every pixel). Margins are in standard deviations of the logits.
 ops and attentions; each the last node before the next such op, on every path through the network
 (of LR-ASPP, which bypasses most of its backbone: on the longest). *Share*: how many lie before it.
 
-**Policies.** Layerwise: `{layerwise}`. Joint: `{joint}`.
-{notes}
+**Policies.** {policies}
+
 **Columns.** *Consistency*: share of the labels that the rest of the network gives for `a*`.
 *Deviation*: mean of `||a* - a^|| / ||a^||`. *Residual*: mean of `||f(x*) - y*|| / ||y^||` at the op
 on the way where it is largest. *Time*: of one inverse, forward pass and all, over one forward and
@@ -49,21 +50,28 @@ on one thread of a CPU.
 def page(records: Sequence[dict[str, Any]], known: int) -> str:
     """Return the page of some of the networks that are known."""
     first = next(record for record in records if "settings" in record)
-    settings = first["settings"]
     head = _HEAD.format(
         torch=first["torch"],
         torchvision=first["torchvision"],
         found=len(records),
         known=known,
-        layerwise=settings["layerwise"],
-        joint=settings["joint"],
-        notes="".join(f"{note}\n" for note in settings["notes"]),
+        policies="\n".join(_settings(records, policy) for policy in POLICIES),
     )
     parts = [head, "## In short\n", summary(records), "\n## Networks\n", _networks(records)]
     parts += ["\n## Cuts\n", _cuts(records)]
     if failed := _failures(records):
         parts += ["\n## What failed\n", failed]
     return "\n".join(parts) + "\n"
+
+
+def _settings(records: Sequence[dict[str, Any]], policy: str) -> str:
+    """Return how a policy was written for most networks, and for which it was not."""
+    written = [(r["settings"][policy], r["network"]) for r in records if "settings" in r]
+    (usual, _), *others = collections.Counter(call for call, _ in written).most_common()
+    parts = [f"{policy.capitalize()}: `{usual}`"]
+    for other, _ in others:
+        parts.append(f"of {', '.join(name for call, name in written if call == other)}: `{other}`")
+    return ";\n".join(parts) + "."
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
