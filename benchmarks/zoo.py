@@ -55,8 +55,12 @@ LAYERWISE: dict[str, Any] = {"margin": 3.0}
 JOINT: dict[str, Any] = {"margin": 0.1, "steps": 6, "classes": 4, "unreached": "ignore"}
 """Options of the policies; margins are in standard deviations of the logits."""
 
-PATIENT: dict[str, Any] = {"steps": 12}
-"""For joint inversion of ShuffleNets, which 6 steps leave halfway to the label."""
+SMALL = 7_500_000
+"""Parameters up to which a network counts as small."""
+
+PATIENT: dict[str, Any] = {"steps": 24}
+"""For joint inversion of small networks: narrow as they are, 6 steps leave them halfway to the
+label, and a step costs little."""
 
 DENSE: dict[str, Any] = {"constraint": "equality", "steps": 6, "iterations": 10}
 """For labels at every pixel, which are a target of the size of the output: many short solves, for
@@ -91,9 +95,8 @@ def policies(model: nn.Module, logits: Tensor) -> dict[str, tuple[frfx.policy.Po
     if max((min(module.weight.shape) for module in linear), default=0) > 2048:
         layerwise = layerwise.override(op=nn.Linear, **LARGE)
         written += f".override(op=nn.Linear, {shown('', LARGE)[1:-1]})"
-    options = JOINT | (DENSE if logits.ndim > 2 else {})
-    if isinstance(model, torchvision.models.ShuffleNetV2):
-        options |= PATIENT
+    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
+    options = JOINT | (DENSE if logits.ndim > 2 else PATIENT if small else {})
     joint = frfx.policy.joint(**options | {"margin": options["margin"] * scale})
     return {
         "layerwise": (layerwise, written),
