@@ -55,8 +55,16 @@ LAYERWISE: dict[str, Any] = {"margin": 3.0}
 JOINT: dict[str, Any] = {"margin": 0.1, "steps": 6, "classes": 4, "unreached": "ignore"}
 """Options of the policies; margins are in standard deviations of the logits."""
 
-DENSE: dict[str, Any] = {"constraint": "equality", "steps": 1}
-"""For labels at every pixel, which are a target of the size of the output."""
+SMALL = 7_500_000
+"""Parameters up to which a network counts as small."""
+
+PATIENT: dict[str, Any] = {"steps": 24}
+"""For joint inversion of small networks: narrow as they are, 6 steps leave them halfway to the
+label, and a step costs little."""
+
+DENSE: dict[str, Any] = {"constraint": "equality", "steps": 6, "iterations": 10}
+"""For labels at every pixel, which are a target of the size of the output: many short solves, for
+one that is solved to the end goes too far to be of use."""
 
 LARGE: dict[str, Any] = {"solver": "iterative", "damping": 1e-2}
 """For the linear layers of networks with one of more than 2,048 inputs and outputs, whose factor
@@ -78,31 +86,27 @@ def clocked() -> Iterator[Clock]:
     clock.seconds = time.process_time() - start
 
 
-def policies(model: nn.Module, logits: Tensor) -> dict[str, frfx.policy.Policy]:
-    """Return what is compared."""
+def policies(model: nn.Module, logits: Tensor) -> dict[str, tuple[frfx.policy.Policy, str]]:
+    """Return what is compared, each with how it is written; margins in deviations of the logits."""
     scale = float(logits.std())
     layerwise = frfx.policy.minimal(**LAYERWISE | {"margin": LAYERWISE["margin"] * scale})
+    written = shown("frfx.policy.minimal", LAYERWISE)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if max((min(module.weight.shape) for module in linear), default=0) > 2048:
         layerwise = layerwise.override(op=nn.Linear, **LARGE)
-    constraint = "inequality" if logits.ndim == 2 else "equality"
-    joint = frfx.policy.joint(constraint=constraint, **JOINT | {"margin": JOINT["margin"] * scale})
-    return {"layerwise": layerwise, "joint": joint}
+        written += f".override(op=nn.Linear, {shown('', LARGE)[1:-1]})"
+    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
+    options = JOINT | (DENSE if logits.ndim > 2 else PATIENT if small else {})
+    joint = frfx.policy.joint(**options | {"margin": options["margin"] * scale})
+    return {
+        "layerwise": (layerwise, written),
+        "joint": (joint, shown("frfx.policy.joint", options)),
+    }
 
 
 def shown(name: str, options: dict[str, Any]) -> str:
     """Return a call as it is written."""
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
-
-
-SETTINGS = {
-    "layerwise": shown("frfx.policy.minimal", LAYERWISE),
-    "joint": shown("frfx.policy.joint", JOINT),
-    "notes": [
-        f"Linear layers of AlexNet and VGG: `{shown('', LARGE)[1:-1]}`.",
-        f"Joint inversion of segmentation networks: `{shown('', DENSE)[1:-1]}`.",
-    ],
-}
 
 
 def scores(model: nn.Module, x: Tensor) -> Tensor:
@@ -125,6 +129,8 @@ def training_step(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def measure_network(name: str, path: Path, seed: int) -> None:
     """Measure one network, and record what is known after every cut and policy."""
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what is imported is no garbage, and takes a quarter of a second to look through
     with clocked() as clock:
         model, x = zoo_models.build(name, seed)
     with torch.no_grad():
@@ -132,6 +138,7 @@ def measure_network(name: str, path: Path, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(0, logits.shape[1], (len(x),), generator=generator)
     y = y.view(-1, *[1] * (logits.ndim - 2)).expand(-1, *logits.shape[2:]).contiguous()
+    chosen = policies(model, logits)
     record: dict[str, Any] = {
         "network": name,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -142,11 +149,11 @@ def measure_network(name: str, path: Path, seed: int) -> None:
         "torchvision": torchvision.__version__,
         "build_s": clock.seconds,
         "step_s": training_step(model, x, y),
-        "settings": SETTINGS,
+        "settings": {kind: written for kind, (_, written) in chosen.items()},
         "rows": [],
     }
     for depth, (layer, share) in zoo_models.cuts(model, x).items():
-        for kind, policy in policies(model, logits).items():
+        for kind, (policy, _) in chosen.items():
             row = {"depth": depth, "layer": layer, "share": share, "policy": kind}
             record["under way"] = row
             path.write_text(json.dumps(record, indent=1))

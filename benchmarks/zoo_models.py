@@ -50,7 +50,7 @@ class Setting:
     Attributes:
         size: Height and width of an image: the least that leaves every stage a pixel, or that the
             network takes at all.
-        batch: How many images.
+        batch: How many images: fewer for networks that take a second and more for a training step.
         options: What its constructor is given.
     """
 
@@ -61,13 +61,19 @@ class Setting:
 
 _SETTINGS = {
     "alexnet": Setting(63),
+    **dict.fromkeys(
+        ("convnext_large", "efficientnet_v2_l", "regnet_x_32gf", "regnet_y_32gf", "regnet_y_128gf"),
+        Setting(batch=2),
+    ),
+    **dict.fromkeys(("resnext101", "swin_b", "wide_resnet101"), Setting(batch=2)),
     "inception_v3": Setting(75, options={"init_weights": False}),  # drawn by slow code, else
     "googlenet": Setting(32, options={"init_weights": False}),
     "maxvit": Setting(224, batch=2),  # windows of 7 in four stages: no smaller image fits
     "swin_v2": Setting(64),  # 32 is a single window, which is not shifted
-    "vit_h_14": Setting(28, options={"image_size": 28}),
+    "vit_h_14": Setting(28, batch=2, options={"image_size": 28}),
     "vit_b_32": Setting(64, options={"image_size": 64}),
-    "vit_l_32": Setting(64, options={"image_size": 64}),
+    "vit_l_32": Setting(64, batch=2, options={"image_size": 64}),
+    "vit_l_16": Setting(32, batch=2, options={"image_size": 32}),
     "vit": Setting(32, options={"image_size": 32}),
     "deeplabv3": Setting(batch=2, options={"weights_backbone": None}),
     "fcn": Setting(batch=2, options={"weights_backbone": None}),

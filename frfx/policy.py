@@ -173,6 +173,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
         is_size = isinstance(value, (int, float)) and 0 <= value < math.inf
         if name in _SIZES and not is_size and not (name in ("rcond", "damping") and value is None):
             raise PolicyError(f"{name} is a finite number from 0 on, not {value!r}")
+        if name == "clamp_margin" and value >= 1:
+            raise PolicyError(f"clamp_margin={value!r} leaves no range: it is less than 1")
 
 
 def paper(
@@ -249,6 +251,7 @@ def joint(
     steps: int = 12,
     tolerance: float = 1e-2,
     classes: int = 8,
+    iterations: int = 100,
     unreached: str = "warn",
     start: str | int | None = None,
     regions: str | Sequence[str] = (),
@@ -271,6 +274,8 @@ def joint(
         tolerance: A sample that has reached its target stops where a step would bring its deviation
             down by less than this share.
         classes: How many classes beside the label are looked at in one step, those most in the way.
+        iterations: Bound on those of the conjugate gradients in one step, for float targets and
+            equality. With few, a step stays short where the tail is nearly singular.
         unreached: What to do about samples that have not reached their target after the last step:
             ``"warn"``, ``"raise"`` or ``"ignore"``. They come back as near to it as they came.
         start: A node on every path to the output: the ops behind it are inverted by their rules,
@@ -288,6 +293,7 @@ def joint(
         margin=margin,
         constraint=constraint,
         classes=classes,
+        iterations=iterations,
         tolerance=tolerance,
         unreached=unreached,
         start=start,

@@ -307,6 +307,7 @@ def test_overflow_on_the_way_back():
         text = message(errors.NonFiniteError, call, x, torch.full((5, 4), 1000.0))
         assert "the inverse of 'asinh' gives NaN or infinity" in text
         assert "damping=" in text
+        assert "trust_region=" in text
 
 
 def test_result_beyond_the_range_of_the_models_dtype():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import pickle
 import re
@@ -146,6 +147,14 @@ def test_values_that_make_no_sense(name, value):
         policy.paper(**{name: value})
     with pytest.raises(frfx.PolicyError, match=text):
         policy.minimal().override(op=nn.Linear, **{name: value})
+
+
+@pytest.mark.parametrize("value", [1, 1.5])
+def test_a_clamp_margin_leaves_something_of_the_range(value):
+    override = functools.partial(policy.minimal().override, op=nn.Tanh)
+    for choose in (policy.paper, policy.minimal, override):
+        with pytest.raises(frfx.PolicyError, match=f"clamp_margin={value} .* less than 1"):
+            choose(clamp_margin=value)
 
 
 def test_rcond_and_damping_may_be_none():

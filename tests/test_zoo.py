@@ -200,7 +200,7 @@ def test_networks_without_norms_are_calibrated_through_their_layers():
 
 
 def test_the_page_hides_no_failure():
-    settings = {"layerwise": "a()", "joint": "b()", "notes": []}
+    settings = {"layerwise": "a()", "joint": "b()"}
     row = {"depth": "stem", "layer": "conv1", "share": 0.1, "policy": "layerwise"}
     good = {"consistency": 0.75, "deviation": 0.5, "residual": 0.25, "inverse_s": 3.0}
     common = {"parameters": 1, "image": 32, "batch": 4, "step_s": 2.0, "settings": settings}
@@ -211,7 +211,10 @@ def test_the_page_hides_no_failure():
         {"network": "three", "ended": "finished", "rows": [row | {"error": "E: why"}]},
         {"network": "four", "ended": "ended with exit code -9", "rows": []},
     ]
-    page = zoo_page.page([record | common | versions for record in records], 86)
+    records = [record | common | versions for record in records]
+    records[2]["settings"] = settings | {"joint": "b(2)"}
+    page = zoo_page.page(records, 86)
+    assert "Layerwise: `a()`.\nJoint: `b()`;\nof three: `b(2)`." in page
     assert "| layerwise | stem | 1 of 4 | 0.75 | 0.5 | 0.5 | 1.5 | 1.5 |" in page
     assert "- two: stopped after 5 s at stem, layerwise" in page
     assert "- three, stem (`conv1`), layerwise: E: why" in page

@@ -235,7 +235,8 @@ class Inverse(fx.GraphModule):
             self.prepare.probe(x)  # names the node, if it is one of the forward pass
             raise NonFiniteError(
                 f"the inverse of {name!r} gives NaN or infinity: its target is out of the reach of "
-                "its weights or of the dtype. damping=... in the policy bounds it"
+                "its weights or of the dtype. damping=... in the policy shortens every step, and "
+                "trust_region=... bounds it"
             )
 
     @property

@@ -181,10 +181,11 @@ class Preparation(nn.Module):
         needed = set()
         by_name = {node.name: shape for node, shape in shapes.items()}
         for name, inversion in self.factored.items():
-            given = tuple(by_name[source] for source in inversion.op.inputs.values())
-            gave = by_name.get(inversion.op.name, ())  # () for a tuple
+            op = inversion.op
+            given = tuple(by_name.get(source, ()) for source in op.inputs.values())
+            gave = by_name.get(op.name, ())  # () for a tuple
             if isinstance(inversion, SizedInversion):
-                inversion.settle(inversion.op.with_shapes(given, gave).with_sizes(sizes))
+                inversion.settle(op.with_shapes(given, gave).with_sizes(sizes))
             key = inversion.key(given[0], gave)
             needed.add((name, key))
             if key not in inversion.factors:

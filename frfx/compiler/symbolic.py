@@ -61,6 +61,7 @@ class _Tracer(fx.Tracer):
     """Keeps modules and functions that spell an op whole; leaves optional arguments at defaults."""
 
     def __init__(self) -> None:
+        self._classes = frozenset(ops.module_classes())
         functions = ops.functions()
         # Those of C take a proxy for a tensor themselves, but not every torch takes one for a size.
         builtin = tuple(f for f in ops.spellings() if isinstance(f, types.BuiltinFunctionType))
@@ -72,7 +73,7 @@ class _Tracer(fx.Tracer):
         self._autowrap_search += [torch, F]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if type(m) in ops.module_classes():
+        if type(m) in self._classes:
             return True
         if is_open(m):
             return False
@@ -81,7 +82,7 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if is_open(m) and type(m) not in ops.module_classes():
+        if is_open(m) and type(m) not in self._classes:
             opened = traceable(m, forward, args, kwargs)
             if opened is None:
                 return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -262,7 +263,7 @@ class Network:
             chain=tuple(self.dominators(cut)),
         )
 
-    @property
+    @functools.cached_property
     def heads(self) -> set[fx.Node]:
         """The softmax, log-softmax and argmax nodes behind the logits, up to the output."""
         behind = nx.descendants(self.flow, self.logits())

@@ -12,9 +12,6 @@ from frfx.linalg.jacobian import Jacobian
 _MET = 1e-3
 """The share of `||y* - g(a^)||` that may be missing where a target counts as reached."""
 
-_ITERATIONS = 100
-"""Bound on the iterations of one linear solve; the next linearisation takes up what is left."""
-
 
 class OutputConstraint:
     """The output of every sample equals a target.
@@ -23,10 +20,12 @@ class OutputConstraint:
         region: The network from the feature to the output.
         target: `y*`, shape (N, ...).
         output: `g(a^)`, of the same shape.
+        iterations: Bound on those of one linear solve; the next linearisation takes up what is
+            left.
     """
 
-    def __init__(self, region: Region, target: Tensor, output: Tensor) -> None:
-        self.region, self.target = region, target
+    def __init__(self, region: Region, target: Tensor, output: Tensor, iterations: int) -> None:
+        self.region, self.target, self.iterations = region, target, iterations
         gap = (target - output).flatten(1).norm(dim=1)
         rounding = 16 * torch.finfo(output.dtype).eps * output.flatten(1).norm(dim=1)
         self.slack = (_MET * gap).maximum(rounding)
@@ -40,7 +39,7 @@ class OutputConstraint:
         """Return the constraint at the features (L, ...) of some samples."""
         jacobian = Jacobian(lambda value: self.region(value, rows), feature)
         residual = (self.target[rows] - jacobian.output).flatten(1)
-        return OutputPoint(jacobian, residual, self.slack[rows])
+        return OutputPoint(jacobian, residual, self.slack[rows], self.iterations)
 
 
 class OutputPoint:
@@ -51,8 +50,10 @@ class OutputPoint:
         reached: Whether that is within the slack, shape (L,).
     """
 
-    def __init__(self, jacobian: Jacobian, residual: Tensor, slack: Tensor) -> None:
-        self._jacobian, self._residual = jacobian, residual
+    def __init__(
+        self, jacobian: Jacobian, residual: Tensor, slack: Tensor, iterations: int
+    ) -> None:
+        self._jacobian, self._residual, self._iterations = jacobian, residual, iterations
         self.violation = residual.norm(dim=1).nan_to_num(nan=torch.inf)
         self.reached = self.violation <= slack
 
@@ -85,6 +86,6 @@ class OutputPoint:
             torch.where(finite, residual, 0),
             tolerance=tolerance,
             miss=tolerance,
-            max_steps=min(_ITERATIONS, 2 * min(offset.shape[1], residual.shape[1]) + 2),
+            max_steps=min(self._iterations, 2 * min(offset.shape[1], residual.shape[1]) + 2),
         )
         return solution

@@ -18,6 +18,7 @@ class JointOptions:
     margin: float = 0.01
     constraint: str = "inequality"
     classes: int = 8
+    iterations: int = 100
     tolerance: float = 1e-2
     unreached: str = "warn"
     start: str | int | None = None
@@ -28,7 +29,7 @@ class JointOptions:
             if getattr(self, name) not in choices:
                 shown = " or ".join(map(repr, choices))
                 raise PolicyError(f"{name} is {shown}, not {getattr(self, name)!r}")
-        for name in ("steps", "classes"):
+        for name in ("steps", "classes", "iterations"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PolicyError(f"{name} is a whole number from 1 on, not {value!r}")

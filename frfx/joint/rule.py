@@ -63,10 +63,10 @@ class JointInversion(Inversion):
         feature, output = feature.to(dtype), output.to(dtype)
         constraint: MarginConstraint | OutputConstraint
         if target.is_floating_point():
-            constraint = OutputConstraint(region, target.to(dtype), output)
+            constraint = OutputConstraint(region, target.to(dtype), output, options.iterations)
         elif options.constraint == "equality":
             embedded = nearest_embedding(output, target, options.margin, self.op.arguments["dim"])
-            constraint = OutputConstraint(region, embedded, output)
+            constraint = OutputConstraint(region, embedded, output, options.iterations)
         elif target.ndim > 1:
             raise TargetError(
                 f"{self.op.path!r}: labels of shape {tuple(target.shape)}, but that one label of a "

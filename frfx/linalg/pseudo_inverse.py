@@ -322,6 +322,8 @@ def _by_cholesky(
     shifted = product.clone() if shift else product
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
     triangle, failed = torch.linalg.cholesky_ex(shifted)
+    # What it leaves of a singular matrix may have a zero pivot, which is an error below.
+    triangle[failed != 0] = torch.eye(size, dtype=triangle.dtype, device=triangle.device)
     inverse = torch.cholesky_inverse(triangle)
     # |G^-1| <= |G^-1|_F, so 1 / |G^-1|_F is a lower bound of the smallest eigenvalue: of the damped
     # matrix, which has to be trusted, or of the matrix itself, which may have to be cut.

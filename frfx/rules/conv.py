@@ -14,6 +14,8 @@ from frfx.rules.base import Inversion, SolverRule, one_input
 
 Padding = tuple[tuple[int, int], ...]
 
+_GEOMETRY = ("stride", "padding", "output_padding", "dilation", "groups")
+
 
 @register_rule(vocabulary.conv)
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class TransposedConvolutionRule(SolverRule):
 
 def _one_kernel(op: Op) -> str | None:
     """Return why an op is no convolution of one activation with a kernel of the model, or None."""
-    reason = one_input(op, "weight")
+    reason = one_input(op, "weight", *_GEOMETRY)
     weight = op.tensor("weight")
     if reason or weight is None:
         return reason or "its weight is not one of the model's tensors"

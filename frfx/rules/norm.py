@@ -34,7 +34,7 @@ class BatchNormRule(AffineRule):
     solvers = ("dense",)
 
     def supports(self, op: Op) -> str | None:
-        reason = one_input(op, "weight", "running_mean", "running_var")
+        reason = one_input(op, "weight", "running_mean", "running_var", "eps")
         if reason:
             return reason
         if op.arguments.get("training") or "running_var" not in op.tensor_of:

@@ -57,23 +57,22 @@ class SizedInversion(FactoredInversion):
     """
 
     solver = "at every size"
-    partial = True
 
     def __init__(self, op: Op, rule: Rule) -> None:
         super().__init__(op)
         self.rule = rule
+        self.partial = len(rule.reconstructs(op)) == 1  # a selection has one input
         self.backend: Backend = torch_backend
         self._known: dict[Shape, Op] = {}
 
     def key(self, input_shape: Shape, output_shape: Shape) -> Shape:
-        """Return the shape of the input: with the arguments, it decides on that of the output."""
-        del output_shape
-        return input_shape
+        """Return the shape of the input, which decides on that of the output; a tuple has none."""
+        return input_shape or output_shape
 
     def settle(self, op: Op) -> None:
         """Take the op with its shapes and arguments, as they are for the batch to come."""
         assert op.input_shapes is not None
-        key = op.input_shapes[0]
+        key = self.key(op.input_shapes[0], op.output_shape or ())
         before, self._known[key] = self._known.get(key), op
         if before is not None and before.arguments != op.arguments:
             self.factors.pop(key, None)
@@ -81,24 +80,26 @@ class SizedInversion(FactoredInversion):
     def factorize(self, key: Shape) -> Built:
         """Build the inversion for one size, and what it computes with."""
         op = self._known[key]
+        assert op.input_shapes is not None
         inversion = self.rule.build(op)
         if isinstance(inversion, AffineInversion):
             inversion.backend = self.backend
         if not isinstance(inversion, FactoredInversion):
             return Built(inversion)
         inversion.like = self.like
-        inner = inversion.key(key, op.output_shape or ())
+        inner = inversion.key(op.input_shapes[0], op.output_shape or ())
         inversion.factors[inner] = inversion.factorize(inner)
         return Built(inversion, inversion.factors[inner])
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         """Return what the inversion for this size does."""
-        built = self.factors[tuple(inputs[0].shape[1:])]
-        return built.inversion(target, output, *inputs)
+        key = self.key(_shape(inputs[0]), _shape(output))
+        return self.factors[key].inversion(target, output, *inputs)
 
     def share(self, *inputs: Tensor) -> Tensor | None:
         """Return which entries the inversion for this size speaks for."""
-        return self.factors[tuple(inputs[0].shape[1:])].inversion.share(*inputs)
+        key = _shape(inputs[0])
+        return self.factors[key].inversion.share(*inputs) if key else None
 
     def check_convergence(self) -> None:
         """Warn or raise, as asked, if a solver has left samples unsolved.
@@ -139,6 +140,11 @@ class SizedRule(Rule):
 
     def __str__(self) -> str:
         return str(self.rule)
+
+
+def _shape(value: Tensor | tuple[Tensor, ...]) -> Shape:
+    """Return the shape of a value without the batch; () of a tuple."""
+    return () if isinstance(value, tuple) else tuple(value.shape[1:])
 
 
 def wait_for_sizes(rule: Rule, op: Op) -> Rule:

@@ -329,3 +329,34 @@ def test_deep_networks_stay_finite():
     assert len(measured.residuals) == 61
     assert all(bool(row.residual.isfinite().all()) for row in measured.residuals)
     assert float(measured.deviation.max()) <= 0.1 * (1 + 1e-5)
+
+
+def chain(activation: type[nn.Module]) -> nn.Sequential:
+    """Return 120 linear layers that each forget some of their input, and a head."""
+    torch.manual_seed(0)
+    layers = [module for _ in range(120) for module in (nn.Linear(16, 16), activation())]
+    return nn.Sequential(*layers, nn.Linear(16, 4)).eval()
+
+
+@pytest.mark.parametrize("policy", [frfx.policy.paper, frfx.policy.minimal])
+def test_errors_of_a_hundred_layers_are_visible_and_bounded(policy):
+    """Their growth shows node by node; damping slows it down, and a trust region ends it."""
+    x, labels = normal(0, 4, 16).float(), torch.arange(4)
+    model, worst = chain(nn.Tanh), {}
+    for damping in (0.0, 1e-2):
+        measured = frfx.measure(frfx.invert(model, "0", policy=policy(damping=damping)), x, labels)
+        assert len(measured.residuals) == 240
+        assert all(bool(row.residual.isfinite().all()) for row in measured.residuals)
+        worst[damping] = max(row.relative for row in measured.residuals)
+    assert worst[0.0] > 1e3
+    assert worst[1e-2] < 0.1 * worst[0.0]
+    model = chain(nn.ReLU)
+    with pytest.raises(frfx.NonFiniteError, match=r"the inverse of '\d+' gives .* trust_region="):
+        frfx.invert(model, "0", policy=policy())(x, labels)
+    inverse = frfx.invert(model, "0", policy=policy(trust_region=0.3))
+    measured = frfx.measure(inverse, x, labels)
+    assert all(bool(row.residual.isfinite().all()) for row in measured.residuals)
+    for node in inverse.reconstruct(x, labels).values():
+        if node.op != "argmax" and node.name != "240":  # what the labels ask for
+            moved = (node.target - node.forward).norm(dim=1)
+            assert bool((moved <= 0.3 * (1 + 1e-5) * node.forward.norm(dim=1)).all())

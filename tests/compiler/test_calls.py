@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from oracles import invert, normal
+import zoo_models
+from oracles import invert, normal, relative
 from torch import nn
 from torch.nn import functional as F
 
@@ -191,11 +192,20 @@ def test_input_transformed_channel_by_channel():
     torch.testing.assert_close(inverse(x, transform_input(x)), x)
 
 
-@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_pretrained_inceptions_down_to_the_input(name):
-    """`transform_input` is what their pretrained weights switch on."""
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 32), ("inception_v3", 75)])
+def test_inceptions_down_to_the_input(name, size):
+    """`transform_input` is what their pretrained weights switch on: a diagonal, undone exactly."""
     models = pytest.importorskip("torchvision.models")
-    model = models.get_model(name, weights=None, init_weights=False, transform_input=True).eval()
-    inverse = frfx.invert(model, "x")
-    assert inverse.layer == "x"
+    torch.manual_seed(0)
+    model = models.get_model(name, weights=None, init_weights=False, transform_input=True)
+    x = zoo_models.images(16, size)
+    zoo_models.calibrate(model, x)
+    policy = frfx.policy.minimal().override(node="cat", damping=0.0, tolerance=1e-6)
+    inverse = frfx.invert(model, "x", policy=policy)
     assert not any("aux" in row.node for row in inverse.summary())
+    nodes = inverse.reconstruct(x[:2], torch.tensor([3, 5]))
+    cat, scale = nodes["cat"], torch.tensor([0.229, 0.224, 0.225])[:, None, None] / 0.5
+    torch.testing.assert_close(cat.forward, transform_input(x[:2]), rtol=1e-5, atol=1e-5)
+    moved = (cat.target - cat.forward) / scale
+    assert float(moved.norm()) > 0.1 * float(cat.forward.norm())
+    assert relative(nodes.feature - x[:2], moved) < 1e-5

@@ -41,6 +41,7 @@ def test_by_name_and_by_value():
     [
         ({"steps": 0}, "steps is a whole number from 1 on, not 0"),
         ({"classes": 1.5}, "classes is a whole number from 1 on, not 1.5"),
+        ({"iterations": 0}, "iterations is a whole number from 1 on, not 0"),
         ({"margin": 0}, "margin is a finite number above 0, not 0"),
         ({"margin": float("nan")}, "margin is a finite number above 0, not nan"),
         ({"tolerance": -1}, "tolerance is a finite number above 0, not -1"),

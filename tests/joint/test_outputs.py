@@ -42,6 +42,18 @@ def test_affine_tails_equal_the_pseudo_inverse(seed, rows, columns, rank):
             assert relative(found[k, None], expected) < 1e-5
 
 
+def test_one_iteration_of_one_step_is_that_of_steepest_descent():
+    weight = affine(0, 5, 4, 4)
+    model = Apply(nn.functional.linear, weight=weight).eval()
+    x = normal(1, 3, 4)
+    target = x @ weight.T + 0.1 * normal(2, 3, 5)
+    policy = frfx.policy.joint(steps=1, iterations=1, unreached="ignore")
+    gradient = (target - x @ weight.T) @ weight
+    length = gradient.square().sum(1) / (gradient @ weight.T).square().sum(1)
+    found = frfx.invert(model, "x", policy=policy)(x, target)
+    assert relative(found - x, length[:, None] * gradient) < 1e-12
+
+
 def curved() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Conv2d(2, 6, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 2), nn.Tanh()]

@@ -227,6 +227,18 @@ def test_what_few_singular_values_are_cut_off_large_matrices(
     assert spectrum.smallest == pytest.approx(float(values.min()), rel=0.05)
 
 
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_a_large_matrix_whose_pivots_vanish_exactly(batch):
+    """Whole numbers leave no rounding behind, as the kernel of ones of a box filter does."""
+    rows = torch.tensor([1.0, 0.0]).double().repeat(15)
+    given = (rows[:, None] * torch.ones(40).double()).expand(*batch, 30, 40).clone()
+    if batch:
+        given[0] = conditioned(0, 30, 40, 3)[0]
+    inverse, spectrum = pseudo_inverse(given, exact=False, rcond=1e-6)
+    assert relative(inverse, torch.linalg.pinv(given, rtol=1e-6)) < 1e-8
+    assert spectrum.deficient
+
+
 @pytest.mark.parametrize("size", [3, 30])
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("gram", ["rows", "columns"])

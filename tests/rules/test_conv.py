@@ -109,6 +109,17 @@ def test_kernels_as_training_leaves_them(n_in, n_out, seed):
     assert relative(reconstruct(layer, x, target), by_the_paper(layer, x, target)) < 1e-10
 
 
+@pytest.mark.parametrize("size", [(5, 5), (50,)], ids=["only the middle", "two in three"])
+def test_windows_of_atrous_pyramids(size):
+    """Dilated by 36, as DeepLab's widest: most of the kernel reads the padding."""
+    torch.manual_seed(0)
+    layer = CONV[len(size)](2, 3, 3, padding=36, dilation=36).double().requires_grad_(False)
+    x, target = normal(1, 2, 2, *size), normal(2, 2, 3, *size)
+    expected = minimal_affine_preimage(layer, x, target)
+    dense = frfx.policy.minimal().override(op=CONV[len(size)], solver="dense")
+    assert relative(reconstruct(layer, x, target, dense), expected) < 1e-9
+
+
 @given(seed=seeds, geometry=geometries())
 def test_case_a_gives_the_target_exactly(seed, geometry):
     n_in, n_out, window, size = geometry

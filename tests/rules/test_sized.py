@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ def by_hand(x):
 
 
 W = {"w": torch.linspace(-1, 1, 4).double()[:, None, None]}
+BLUR = {"w": normal(3, 4, 1, 3, 3)}
+NORM = {"mean": normal(4, 4), "var": normal(5, 4).square() + 0.1}
 
 CASES = {
     "global average": (
@@ -86,6 +89,33 @@ CASES = {
         lambda x: F.leaky_relu(x, x.size(1) * 0.1),
         lambda c, h, w: lambda x: F.leaky_relu(x, c * 0.1),
     ),
+    "a channelwise convolution": (
+        lambda x, w: F.conv2d(x, w, stride=x.size(1) // 2, padding=1, groups=x.shape[1]),
+        lambda c, h, w: lambda x, w: F.conv2d(x, w, stride=c // 2, padding=1, groups=c),
+        BLUR,
+    ),
+    "a transposed convolution": (
+        lambda x, w: F.conv_transpose2d(x, w, None, x.size(1) // 2, 1, 1, x.shape[1]),
+        lambda c, h, w: lambda x, w: F.conv_transpose2d(x, w, None, c // 2, 1, 1, c),
+        BLUR,
+    ),
+    "batch norm": (
+        lambda x, mean, var: F.batch_norm(x, mean, var, eps=1 / x.size(1)),
+        lambda c, h, w: lambda x, mean, var: F.batch_norm(x, mean, var, eps=1 / c),
+        NORM,
+    ),
+    "joined": (
+        lambda x: torch.cat((x, x.mul(2)), x.dim() - 1),
+        lambda c, h, w: lambda x: torch.cat((x, x.mul(2)), 3),
+    ),
+    "parts joined": (
+        lambda x: torch.stack(x.chunk(2, 1), x.dim() - 1),
+        lambda c, h, w: lambda x: torch.stack(x.chunk(2, 1), 3),
+    ),
+    "alpha of two": (
+        lambda x: torch.sub(x, x.mul(2), alpha=x.size(1)),
+        lambda c, h, w: lambda x: torch.sub(x, x.mul(2), alpha=c),
+    ),
     "alpha": (
         lambda x, w: torch.add(x, w, alpha=x.size(1)),
         lambda c, h, w: lambda x, w: torch.add(x, w, alpha=c),
@@ -119,6 +149,7 @@ CASES = {
 def test_same_inverse_as_with_numbers(case, policy):
     computed, fixed, *rest = CASES[case]
     tensors = rest[0] if rest else {}
+    policy = replace(frfx.policy.resolve(policy), branches="rules")
     inverse = invert(computed, policy, **tensors)
     for count, h, w in ((2, 6, 6), (3, 7, 5), (1, 6, 9), (4, 6, 6)):
         x = normal(h * w, count, 4, h, w)
