@@ -16,6 +16,8 @@ from frfx.linalg.pseudo_inverse import (
     Factor,
     Spectrum,
     default_rcond,
+    gram_matrix,
+    inverse_gram,
     nbytes,
     pseudo_inverse,
     solve_dtype,
@@ -25,6 +27,11 @@ from frfx.linalg.separable import Separable
 _GRAM_UP_TO = 1e3
 """Squared condition number up to which a pseudo-inverse may stay in two parts: as the inverse of
 the Gram matrix is rounded to the precision of the weights, the rounding is multiplied by it."""
+
+
+_SUMMED_IN_SINGLE = 1 << 12
+"""Products that are summed in single at most for the Gram matrix of such a matrix, then in double.
+"""
 
 
 @dataclass(frozen=True)
@@ -198,19 +205,20 @@ class Dense:
         rows, columns = matrix.shape
         dtype = solve_dtype(matrix.dtype)
         exact = matrix.dtype == torch.float64
-        apart = not exact and max(rows, columns) >= 2 * min(rows, columns) >= 512
-        double = matrix.double()
-        inverse, spectrum = pseudo_inverse(
-            double,
-            exact=exact,
-            rcond=self._cutoff(matrix.dtype, max(rows, columns)),
-            damping=self.damping,
-            gram=("rows" if rows <= columns else "columns") if apart else None,
-        )
-        if apart:
+        wide = rows <= columns
+        cutoff = self._cutoff(matrix.dtype, max(rows, columns))
+        if not exact and max(rows, columns) >= 2 * min(rows, columns) >= 512:
+            # Products in single cost what the rounding of their inverse does, which is bounded.
+            first, *parts = (matrix if wide else matrix.mT).to(dtype).split(_SUMMED_IN_SINGLE, 1)
+            product = gram_matrix(first).double()
+            for part in parts:
+                product += gram_matrix(part)
+            inverse, spectrum = inverse_gram(product, cutoff, self.damping)
             if (1 + self.damping) <= _GRAM_UP_TO * (spectrum.condition**-2 + self.damping):
                 return GramFactor(matrix, inverse.to(dtype).contiguous(), spectrum)
-            inverse = double.mT @ inverse if rows <= columns else inverse @ double.mT
+        inverse, spectrum = pseudo_inverse(
+            matrix.double(), exact=exact, rcond=cutoff, damping=self.damping
+        )
         return MatrixFactor(inverse.to(dtype).contiguous(), spectrum)
 
     def _windows(self, operator: Convolution, transposed: bool) -> WindowFactor:

@@ -149,11 +149,8 @@ def pseudo_inverse(
     if exact and gram is None:
         return _by_svd(matrices, rcond, damping, scale)
     adjoint = matrices.mH
-    product = _gram(matrices if side == "rows" else adjoint)
-    if product.shape[-1] < _CHOLESKY_FROM:
-        inverse, spectrum = _by_eigh(product, rcond, damping, scale)
-    else:
-        inverse, spectrum = _by_cholesky(product, rcond, damping, scale)
+    product = gram_matrix(matrices if side == "rows" else adjoint)
+    inverse, spectrum = inverse_gram(product, rcond, damping, scale)
     if gram is not None:
         return inverse, spectrum
     return (adjoint @ inverse if side == "rows" else inverse @ adjoint), spectrum
@@ -248,12 +245,12 @@ def singular_values(matrices: Tensor) -> Tensor:
     rows, columns = matrices.shape[-2:]
     if matrices.numel() * min(rows, columns) <= _EXACT_WORK:
         return torch.linalg.svdvals(matrices)
-    product = _gram(matrices if rows <= columns else matrices.mH)
+    product = gram_matrix(matrices if rows <= columns else matrices.mH)
     return torch.linalg.eigvalsh(product).clamp(min=0).sqrt()
 
 
-def _gram(matrices: Tensor) -> Tensor:
-    """Return `A A^H`; of large matrices, every product is computed once."""
+def gram_matrix(matrices: Tensor) -> Tensor:
+    """Return `A A^H` of (..., m, n) in its type; of large matrices, every product is made once."""
     size = matrices.shape[-2]
     if size < 2 * _BLOCK:
         return matrices @ matrices.mH
@@ -264,6 +261,22 @@ def _gram(matrices: Tensor) -> Tensor:
         product[..., start:stop, :stop] = rows
         product[..., :start, start:stop] = rows[..., :start].mH
     return product
+
+
+def inverse_gram(
+    product: Tensor, rcond: float, damping: float = 0.0, scale: float | None = None
+) -> tuple[Tensor, Spectrum]:
+    """Invert Gram matrices as `pseudo_inverse` does on its way.
+
+    Args:
+        product: Shape (..., m, m), positive semidefinite, float64 or complex128.
+        rcond: See `pseudo_inverse`; of the matrices whose products they are, as all that follows.
+        damping: See `pseudo_inverse`.
+        scale: See `pseudo_inverse`.
+    """
+    rcond = effective_rcond(rcond, damping)
+    small = product.shape[-1] < _CHOLESKY_FROM
+    return (_by_eigh if small else _by_cholesky)(product, rcond, damping, scale)
 
 
 def _weights(
