@@ -155,6 +155,8 @@ class FourierMap:
         apply = self._by_dft if self.form == "dft" else self._by_fft
         entries = math.prod(self.grid.size) * self.groups * max(self.rows, self.columns)
         least = _LEAST_BATCH if self.groups == 1 else 2 * _LEAST_BATCH
+        # With many channels the matrices are what is read: as many entries of vectors, at least.
+        least = max(least, self.rows * self.columns // (self.rows + self.columns))
         cached = torch.get_num_threads() * _CACHED // entries
         most = max(1, min(16 * _CHUNK // entries, max(least, cached)))
         if x.shape[0] <= most:
