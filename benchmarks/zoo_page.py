@@ -52,7 +52,9 @@ for what the one behind it has missed. A larger margin helps there only (ResNet-
 of 4 labels at the last stage, 0 at the middle). A layerwise deviation that vanishes on the way down
 (ShuffleNet, GoogLeNet, Inception) says that the target is lost, not that it is near; where it comes
 back below a max pooling (the stems of the latter two), windows that overlap share their largest
-entry and are asked for values that hardly differ: to meet both, another entry rises all the way.
+entry and are asked for values that hardly differ, in Inception by rounding: to meet both, another
+entry rises all the way. Nothing bounds the steps here. With `trust_region=0.3` MaxViT's deviation
+at the middle is 0.29 instead of 13, its residual 0.21 instead of 13; the label is lost either way.
 Joint inversion holds most labels; where it does not, its steps have run out, and `inverse.report`
 tells of which samples. Labels at every pixel it meets in part only.
 """
