@@ -272,7 +272,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="One small network of every family.")] = False,
     again: Annotated[bool, typer.Option(help="Measure what is recorded, too.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Networks at once, a thread each.")] = 2,
-    limit: Annotated[float, typer.Option(help="Seconds for one network.")] = 600,
+    limit: Annotated[float, typer.Option(help="Seconds for one network.")] = 3600,
     seed: int = 0,
 ) -> None:
     """Invert torchvision's networks to four depths, layer by layer and jointly."""

@@ -73,6 +73,17 @@ def read(benchmark: Benchmark, where: str) -> tuple[data.Images, data.Images]:
     return train, test
 
 
+def begin(
+    name: str, where: str, output: Path, threads: int, epochs: int | None
+) -> tuple[Benchmark, Path, data.Images, data.Images]:
+    """Return a benchmark, the folder of its results, and its images to train and to test on."""
+    torch.set_num_threads(threads)
+    benchmark = benchmark_named(name, epochs)
+    folder = output / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return benchmark, folder, *read(benchmark, where)
+
+
 def chosen_pairs(benchmark: Benchmark, text: str) -> list[tuple[int, int]]:
     """Return pairs written as "0,3 1,3"; "all" for those of the paper's table."""
     if text == "all":
@@ -124,11 +135,7 @@ def table(
     ] = True,
 ) -> None:
     """Post-train every pair by every method from one baseline, and tabulate the accuracies."""
-    torch.set_num_threads(threads)
-    benchmark = benchmark_named(name, baseline_epochs)
-    folder = output / name
-    folder.mkdir(parents=True, exist_ok=True)
-    train, test = read(benchmark, where)
+    benchmark, folder, train, test = begin(name, where, output, threads, baseline_epochs)
     model, facts = baseline.obtain(benchmark, train, test, folder, device)
     console.print(f"{name}: baseline {facts['accuracy']:.2f} % after {facts['epochs']} epochs")
     study = Study(model, train, test)
@@ -178,11 +185,7 @@ def repair(
     baseline_epochs: BaselineEpochs = None,
 ) -> None:
     """Mend a handful of mistakes in several ways, and count what else changes."""
-    torch.set_num_threads(threads)
-    benchmark = benchmark_named(name, baseline_epochs)
-    folder = output / name
-    folder.mkdir(parents=True, exist_ok=True)
-    train, test = read(benchmark, where)
+    benchmark, folder, train, test = begin(name, where, output, threads, baseline_epochs)
     model, _ = baseline.obtain(benchmark, train, test, folder, device)
     study, outcomes = Study(model, train, test), []
     for pair in chosen_pairs(benchmark, pairs):
@@ -222,15 +225,11 @@ def figure(
     baseline_epochs: BaselineEpochs = None,
 ) -> None:
     """Draw a figure of the paper, from runs that are made if they are not there."""
-    torch.set_num_threads(threads)
     if number not in FIGURES:
         raise typer.BadParameter(f"no figure {number}: {', '.join(map(str, FIGURES))}")
-    benchmark = benchmark_named(name or FIGURES[number], baseline_epochs)
-    folder = output / benchmark.name
-    folder.mkdir(parents=True, exist_ok=True)
-    images = experiments.Images(
-        benchmark, *read(benchmark, where), folder, device, tell=console.print
-    )
+    name = name or FIGURES[number]
+    benchmark, folder, train, test = begin(name, where, output, threads, baseline_epochs)
+    images = experiments.Images(benchmark, train, test, folder, device, tell=console.print)
     weight = benchmark.spec.alpha if alpha is None else alpha
     last = benchmark.spec.n_layers
     path = folder / f"figure-{number}.png"

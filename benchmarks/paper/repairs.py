@@ -93,6 +93,10 @@ class Repair:
         self.trained, self.tail = study.parts(*pair)
         self.inputs, self.test = study.inputs(pair[0])
         self.held = study.targets(pair[1], "forward")
+        self.inverses = {
+            policy.__name__: frfx.invert(study.model, pair[1], policy=policy(margin=MARGIN))
+            for policy in (frfx.policy.minimal, frfx.policy.joint)
+        }
         self.before = self._classes(self.trained)
         self.wrong = (self.before != self.test.labels).nonzero().flatten()
 
@@ -105,12 +109,10 @@ class Repair:
 
     def target(self, chosen: Tensor, policy: str) -> Tensor:
         """Return the feature that some test images should have."""
-        options = {"minimal": frfx.policy.minimal, "joint": frfx.policy.joint}
-        inverse = frfx.invert(self.study.model, self.pair[1], policy=options[policy](margin=MARGIN))
         images = self.study.test
         where = chosen.to(images.images.device)
         x = data.instance_normalise(images.images[where].to(self.study.device))
-        return inverse(x, self.test.labels[chosen]).detach()
+        return self.inverses[policy](x, self.test.labels[chosen]).detach()
 
     def mend(self, name: str, seed: int, count: int, most: int, batch: int = 256) -> Outcome:
         """Train a copy of the layers until some mistakes are right.
