@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from stopwatch import Stopwatch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,38 +87,6 @@ LAYERS = (
     Layer("ConvNeXt patchify", (96, 192), 2, 16, 32, stride=2),
     Layer("VGG-16 conv2", (64, 64), 3, 224, 4, padding=1, quick=False),
 )
-
-
-class Stopwatch:
-    """Measures functions in turns, and keeps the least time of each, in milliseconds.
-
-    On one thread of a CPU it is the thread's own time, whatever else the machine is doing.
-    """
-
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device, self.seconds = device, seconds
-        alone = device.type == "cpu" and torch.get_num_threads() == 1
-        self.now = time.process_time if alone else time.perf_counter
-
-    def __call__(self, functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        best = dict.fromkeys(functions, math.inf)
-        end = time.perf_counter() + self.seconds * len(functions)
-        rounds = 0
-        while rounds < 3 or time.perf_counter() < end:
-            for name, function in functions.items():
-                self._wait()
-                start = self.now()
-                function()
-                self._wait()
-                elapsed = 1e3 * (self.now() - start)
-                if rounds:  # the first round warms up
-                    best[name] = min(best[name], elapsed)
-            rounds += 1
-        return best
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)
@@ -187,10 +155,7 @@ def measure_layer(
     if samples:
         functions["literal"] = literal(operator, x[:samples], target[:samples])
     found = watch(functions)
-    start = watch.now()
-    Solver().prepare(operator)
-    watch._wait()
-    prepare = 1e3 * (watch.now() - start)
+    prepare = watch.once(lambda: Solver().prepare(operator))
     sum_of_parts = found["there"] + found["product"] + found["back"]
     inner = solvers["auto"].factor
     convergence = solvers["auto"].take_convergence()
@@ -296,10 +261,7 @@ def measure_network(
     inverse = frfx.invert(model, layer, policy=policy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        start = watch.now()
-        inverse(x, y)
-        watch._wait()
-        first = 1e3 * (watch.now() - start)
+        first = watch.once(lambda: inverse(x, y))
         with torch.no_grad():
             found = watch(
                 {

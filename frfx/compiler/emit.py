@@ -15,10 +15,9 @@ from frfx.compiler.plan import Plan, Step
 from frfx.compiler.pooling import pool_first
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend
-from frfx.rules.base import AffineInversion, Inversion
+from frfx.rules.base import Inversion
 from frfx.rules.combine import Share, fan_out_inverse, limit_deviation, replace_parts
 from frfx.rules.label import predicted_labels
-from frfx.rules.sized import SizedInversion
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Emitted:
 
 
 def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
-    """Write the reconstruction graph of a plan, whose solvers a backend applies."""
+    """Write the reconstruction graph of a plan, which a backend runs."""
     graph = fx.Graph()
     x, target = graph.placeholder("x"), graph.placeholder("target")
     start = graph.call_module("prepare", (x, target))
@@ -76,8 +75,7 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     stages = []
     for step in plan.steps:
         inversion = step.rule.build(step.op)
-        if isinstance(inversion, (AffineInversion, SizedInversion)):
-            inversion.backend = backend
+        inversion.backend = backend
         path = f"inverse.{_add(inversions, step.op.name, inversion)}"
         stages.append(walk.back(step, path, plan.trust_region))
         if inversion.partial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -411,7 +412,7 @@ def is_capturing() -> bool:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
+    if not tensor.is_floating_point() or math.isfinite(float(tensor.detach().sum())):
         return True  # NaN and infinity do not leave a sum; it is ten times faster to ask
     return bool(torch.isfinite(tensor).all())  # the sum may have overflowed
 

@@ -74,6 +74,10 @@ class Choice(Factor):
         """Return the solution of `operator(d) = residual`."""
         return self.factor.solve(residual)
 
+    def correct(self, x: Tensor, target: Tensor, output: Tensor) -> Tensor:
+        """Return `x + solve(target - output)`."""
+        return self.factor.correct(x, target, output)
+
     @property
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes."""

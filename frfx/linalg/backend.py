@@ -1,8 +1,9 @@
-"""The array libraries that solvers run on: torch, and CuPy through the array API and DLPack."""
+"""What runs a reconstruction: torch, or CuPy through the array API and DLPack; and the kernels."""
 
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from frfx.errors import BackendError
+from frfx.kernels import CupyLauncher, Kernels
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Namespace:
     """The functions of the array API that solvers use, under its names.
 
     torch has most of them under other names; this spares every user a package that renames them.
+    The inverse transform does not divide by the size of the grid.
     """
 
     reshape: Callable[[Any, tuple[int, ...]], Any]
@@ -28,15 +31,17 @@ class Namespace:
 
 
 class Backend(abc.ABC):
-    """An array library.
+    """An array library, and the kernels that stand in for many of its calls.
 
     Attributes:
         name: What users call it.
         namespace: Its array API.
+        kernels: For CUDA devices; None if there are none.
     """
 
     name: str
     namespace: Namespace
+    kernels: Kernels | None = None
 
     @abc.abstractmethod
     def constant(self, tensor: Tensor) -> Any:
@@ -56,15 +61,22 @@ class Backend(abc.ABC):
 
 
 class TorchBackend(Backend):
-    """torch, on the device of the tensors."""
+    """torch, on the device of the tensors.
 
-    name = "torch"
+    Args:
+        kernels: The kernels, if they are to be used.
+    """
+
+    def __init__(self, kernels: Kernels | None = None) -> None:
+        self.name = "torch" if kernels is None else "auto"
+        self.kernels = kernels
+
     namespace = Namespace(
         reshape=torch.reshape,
         permute_dims=torch.permute,
         concat=lambda arrays, axis: torch.cat(arrays, axis),
         rfftn=lambda x, s, axes: torch.fft.rfftn(x, s, axes),
-        irfftn=lambda x, s, axes: torch.fft.irfftn(x, s, axes),
+        irfftn=lambda x, s, axes: torch.fft.irfftn(x, s, axes, norm="forward"),
     )
 
     def constant(self, tensor: Tensor) -> Tensor:
@@ -119,12 +131,17 @@ class CupyBackend(Backend):
                 'backend "cupy" needs a CUDA device, and torch sees none: use backend="torch"'
             )
         self._cupy = cupy
+        self._memory = cupy.cuda.PythonFunctionAllocator(
+            torch.cuda.caching_allocator_alloc,
+            lambda pointer, device: torch.cuda.caching_allocator_delete(pointer),
+        )
+        self.kernels = Kernels(CupyLauncher(cupy))
         self.namespace = Namespace(
             reshape=cupy.reshape,
             permute_dims=cupy.transpose,
             concat=cupy.concatenate,
             rfftn=cupy.fft.rfftn,
-            irfftn=cupy.fft.irfftn,
+            irfftn=functools.partial(cupy.fft.irfftn, norm="forward"),
         )
 
     def constant(self, tensor: Tensor) -> Any:
@@ -137,9 +154,11 @@ class CupyBackend(Backend):
 
     @torch.compiler.disable
     def run(self, function: Callable[[Any], Any], x: Tensor) -> Tensor:
-        device = x.device.index
+        cuda, device = self._cupy.cuda, x.device.index
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        with self._cupy.cuda.Device(device), self._cupy.cuda.ExternalStream(stream, device):
+        # torch's memory: one pool for both, and the one that a CUDA graph keeps.
+        memory = cuda.using_allocator(self._memory.malloc)
+        with cuda.Device(device), cuda.ExternalStream(stream, device), memory:
             return torch.from_dlpack(function(self._cupy.from_dlpack(x.detach())))
 
     def batch_last(self, x: Any) -> Any:
@@ -153,7 +172,10 @@ BACKENDS = ("auto", "torch", "cupy")
 
 
 def get_backend(name: str) -> Backend:
-    """Return a backend by name; ``"auto"`` is torch.
+    """Return a backend by name.
+
+    ``"auto"`` is what was measured to be the fastest (docs/solvers.md): torch for transforms and
+    products, and the kernels where there is a CUDA device and CuPy to launch them.
 
     Raises:
         BackendError: If there is no such backend, or it cannot be had here.
@@ -163,4 +185,15 @@ def get_backend(name: str) -> Backend:
     if name not in BACKENDS:
         known = ", ".join(map(repr, BACKENDS))
         raise BackendError(f"there is no backend {name!r}; there are {known}")
+    if name == "auto" and torch.cuda.is_available():
+        return _with_kernels()
     return torch_backend
+
+
+@functools.cache
+def _with_kernels() -> TorchBackend:
+    try:
+        import cupy
+    except ImportError:
+        return torch_backend
+    return TorchBackend(Kernels(CupyLauncher(cupy)))

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from frfx.kernels import CircularMap
 from frfx.linalg.backend import Backend, Namespace, torch_backend
 from frfx.linalg.pseudo_inverse import nbytes
 
@@ -34,9 +35,21 @@ _CHUNK = 1 << 22
 _CACHED = 1 << 19
 """Entries of an image stack that a thread transforms at a time: they should stay in the cache."""
 
+_AT_ONCE = 1 << 28
+"""The same on a GPU, where it only bounds the memory."""
+
 _LEAST_BATCH = 16
 """Samples that are transformed at a time at least, twice as many with groups: fewer make poor
 matrix products."""
+
+_MATRIX_UP_TO = 1 << 23
+"""Entries up to which the whole map as one matrix is the fastest on a GPU (docs/solvers.md)."""
+
+_IN_ONE_UP_TO = 256
+"""Entries of a matrix up to which one kernel for the whole map is the fastest on a GPU."""
+
+_IN_ONE_MEMORY = 96 << 10
+"""Bytes of shared memory up to which it is, a block: several then run on a multiprocessor."""
 
 _DFT_UP_TO = 16
 """Largest side of a grid on which transforms as matrix products beat fast ones (see
@@ -113,20 +126,22 @@ class FourierMap:
     ) -> None:
         self.grid, self.groups, self.rows, self.columns = grid, groups, rows, columns
         self.dtype, self.device, self.backend = dtype, device, backend
-        self.form = form or choose_form(grid, groups, rows, columns)
+        choose = choose_form if device.type == "cpu" else choose_form_on_gpu
+        self.form = form or choose(grid, groups, rows, columns)
         if form is None and self._bytes_of(self.form) > memory:
             self.form = "fft"  # the smallest, and it can be made anew in chunks
         self._matrices = matrices
         self.streams = self.form != "matrix" and self._bytes_of(self.form) > memory
         self._tables: tuple[Any, ...] = ()
         self._kept: Any = None
+        self._in_one = self._small()
         if self.form == "matrix":
             self._kept = self.backend.constant(self._dense())
         else:
             if self.form == "dft":
                 self._tables = tuple(map(self.backend.constant, _dft_tables(grid, dtype, device)))
             if not self.streams:
-                self._kept = self.backend.constant(self._at(grid.frequencies(self.form)))
+                self._kept = self.backend.constant(self._at(grid.frequencies(self.form), self.form))
 
     def _bytes_of(self, form: Form) -> int:
         """Return the memory of a form's matrices, in bytes."""
@@ -137,16 +152,56 @@ class FourierMap:
             count, width = math.prod(grid.half(form)), 4 if form == "dft" else 2
         return self.groups * self.rows * self.columns * count * width * self.dtype.itemsize
 
+    def _small(self) -> CircularMap | None:
+        """Return the map for the kernel that takes it in one; None where that is not faster."""
+        kernels, grid = self.backend.kernels, self.grid
+        if kernels is None or kernels.device_type != self.device.type:
+            return None
+        small = len(grid.size) <= 2 and self.rows * self.columns <= _IN_ONE_UP_TO
+        if not small or self.streams:
+            return None
+        sizes = (self._plane(shape) for shape in (grid.size, grid.source, grid.result))
+        found = CircularMap.of(*sizes, self._at(grid.frequencies("fft"), "fft"))
+        return found if found.shared <= _IN_ONE_MEMORY else None
+
+    @staticmethod
+    def _plane(shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return a shape of one or two dimensions as one of two."""
+        height, width = (1, *shape)[-2:]
+        return height, width
+
     @property
     def nbytes(self) -> int:
         """The memory that the map holds, in bytes."""
         kept = [self._kept] if self._kept is not None else []
-        return sum(array.size * array.itemsize if not isinstance(array, Tensor) else nbytes(array)
-                   for array in (*self._tables, *kept))  # fmt: skip
+        held = 0 if self._in_one is None else self._in_one.nbytes
+        return held + sum(
+            array.size * array.itemsize if not isinstance(array, Tensor) else nbytes(array)
+            for array in (*self._tables, *kept)
+        )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map (N, G, c, *source) to (N, G, c', *result)."""
-        return self.backend.run(self._apply, x)
+    def __call__(
+        self, source: Tensor, minus: Tensor | None = None, plus: Tensor | None = None
+    ) -> Tensor:
+        """Return `plus + map(source - minus)`, without what is None.
+
+        Args:
+            source: Shape (N, G, c, *source), as `minus`.
+            minus: What is taken off it.
+            plus: Shape (N, G, c', *result), as what is returned.
+        """
+        given = [t for t in (source, minus, plus) if t is not None]
+        kernels = self.backend.kernels
+        if kernels is not None and source.dtype == self.dtype and kernels.serve(*given):
+            if self._in_one is not None:
+                shape = (source.shape[0], self.groups, self.rows, *self.grid.result)
+                return kernels.circular_map(self._in_one, source, minus, plus).view(shape)
+            if minus is not None and self.form == "fft" and len(self.grid.size) == 2:
+                source, minus = kernels.residual_on_grid(source, minus, self.grid.size), None
+        if minus is not None:
+            source = source - minus
+        result = self.backend.run(self._apply, source)
+        return result if plus is None else plus + result
 
     def _apply(self, x: Any) -> Any:
         xp = self.backend.namespace
@@ -154,23 +209,29 @@ class FourierMap:
             return self._by_matrix(xp, x)
         apply = self._by_dft if self.form == "dft" else self._by_fft
         entries = math.prod(self.grid.size) * self.groups * max(self.rows, self.columns)
-        least = _LEAST_BATCH if self.groups == 1 else 2 * _LEAST_BATCH
-        # With many channels the matrices are what is read: as many entries of vectors, at least.
-        least = max(least, self.rows * self.columns // (self.rows + self.columns))
-        cached = torch.get_num_threads() * _CACHED // entries
-        most = max(1, min(16 * _CHUNK // entries, max(least, cached)))
+        most = self._samples_at_once(entries)
         if x.shape[0] <= most:
             return apply(xp, x)
         most = -(-x.shape[0] // -(-x.shape[0] // most))  # parts of one size
         parts = [apply(xp, x[i : i + most, ...]) for i in range(0, x.shape[0], most)]
         return xp.concat(parts, axis=0)
 
+    def _samples_at_once(self, entries: int) -> int:
+        """Return how many samples of so many entries go through together."""
+        if self.device.type != "cpu":
+            return max(1, _AT_ONCE // entries)
+        least = _LEAST_BATCH if self.groups == 1 else 2 * _LEAST_BATCH
+        # With many channels the matrices are what is read: as many entries of vectors, at least.
+        least = max(least, self.rows * self.columns // (self.rows + self.columns))
+        cached = torch.get_num_threads() * _CACHED // entries
+        return max(1, min(16 * _CHUNK // entries, max(least, cached)))
+
     # The matrices of a form, for some frequencies.
 
-    def _at(self, frequencies: Tensor) -> Tensor:
-        """Return the matrices in the layout that the form multiplies with."""
+    def _at(self, frequencies: Tensor, form: Form) -> Tensor:
+        """Return the matrices in the layout that a form multiplies with."""
         shape = (self.groups, len(frequencies), self.rows, self.columns)
-        real = self.form == "dft"
+        real = form == "dft"
         if real:
             shape = (*shape[:2], 2 * self.rows, 2 * self.columns)
         out = torch.empty(
@@ -185,8 +246,8 @@ class FourierMap:
                 out[:, part, : self.rows, self.columns :] = -values.imag
                 out[:, part, self.rows :, : self.columns] = values.imag
                 out[:, part, self.rows :, self.columns :] = values.real
-            else:
-                out[:, part] = values
+            else:  # the transform back does not divide by the size of the grid
+                out[:, part] = values / math.prod(self.grid.size)
         return out
 
     def _chunks(self) -> Iterator[tuple[slice, Any]]:
@@ -198,7 +259,7 @@ class FourierMap:
         most = max(1, _CHUNK // (self.groups * self.rows * self.columns))
         for start in range(0, len(frequencies), most):
             part = slice(start, start + most)
-            yield part, self.backend.constant(self._at(frequencies[part]))
+            yield part, self.backend.constant(self._at(frequencies[part], self.form))
 
     # The three forms.
 
@@ -226,9 +287,16 @@ class FourierMap:
         spectrum = xp.rfftn(x, s=self.grid.size, axes=axes)
         half = spectrum.shape[3:]
         spectrum = xp.reshape(spectrum, (*spectrum.shape[:3], -1))
+        kernels = self.backend.kernels
         if self.rows == self.columns == 1:
             parts = [spectrum[:, :, 0, part] * m[:, :, 0, 0] for part, m in self._chunks()]
             product = _join(xp, parts, axis=2)
+        elif (
+            kernels is not None and self.groups == 1 and isinstance(x, Tensor) and kernels.serve(x)
+        ):
+            spectrum = kernels.transpose(spectrum.flatten(0, 2)).unflatten(1, (x.shape[0], -1))
+            parts = [spectrum[part] @ m[0].mT for part, m in self._chunks()]  # (F, N, c')
+            product = kernels.transpose(_join(xp, parts, axis=0).flatten(1))
         else:
             spectrum = self.backend.batch_last(spectrum)  # (G, F, c, N)
             parts = [_times(m, spectrum[:, part, ...]) for part, m in self._chunks()]
@@ -288,6 +356,12 @@ def choose_form(grid: Grid, groups: int, rows: int, columns: int) -> Form:
     # for the change of layout. The ratios, not the machine, decide.
     fits = groups * whole <= 4 * _CHUNK
     return "matrix" if fits and 2 * whole / 150 <= by_dft else "dft"
+
+
+def choose_form_on_gpu(grid: Grid, groups: int, rows: int, columns: int) -> Form:
+    """Return the form that is the fastest for these sizes on a GPU, where launches count."""
+    entries = groups * rows * columns * math.prod(grid.source) * math.prod(grid.result)
+    return "matrix" if entries <= _MATRIX_UP_TO else "fft"
 
 
 def _dft_tables(grid: Grid, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,9 @@ TOLERANCE = 1e-2
 
 MAX_STEPS = 50
 """Default bound on the steps."""
+
+_BEHIND = 3
+"""Steps that a GPU may have waiting before the host looks how the first of them went."""
 
 _PRECONDITIONER_DAMPING = 1e-4
 """The circular model may be singular where the operator is not; its inverse must not explode."""
@@ -147,8 +151,9 @@ def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):
 
     A sample stops when its residual is within the tolerance, when it can get no smaller in this
     precision, or after the last step. What it returns is its best step, never one worse than zero.
-    On a CPU, samples that have stopped leave the batch, so they cost nothing; on other devices,
-    where asking costs a synchronisation, they stay and are not written any more.
+    On a CPU, samples that have stopped leave the batch, so they cost nothing. On a GPU they stay
+    and are not written any more; whether all have stopped is learnt some steps late, so that the
+    device is never idle, and not at all while a CUDA graph is captured, which holds all steps.
 
     Args:
         operator: Maps (N, ...) to (N, ...), linear and symmetric positive definite by sample.
@@ -164,6 +169,7 @@ def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):
     """
     samples = len(right)
     asks = right.device.type == "cpu"
+    news = _News() if right.is_cuda and not torch.cuda.is_current_stream_capturing() else None
     tiny = torch.finfo(right.dtype).tiny
     norm = _norm(right)
     found = torch.zeros_like(right)
@@ -171,7 +177,7 @@ def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):
     steps = torch.zeros(samples, dtype=torch.long, device=right.device)
     running = norm > tiny
     best = torch.where(running, best, 0.0)
-    index = torch.arange(samples, device=right.device)
+    index: Any = torch.arange(samples) if asks else slice(None)
     x, r = torch.zeros_like(right), right
     z = precondition(r)
     p, rz = z, _dot(r, z)
@@ -183,6 +189,8 @@ def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):
             if int(alive.sum()) <= len(index) // 2:
                 index = index[alive]
                 x, r, p, rz = (v[alive] for v in (x, r, p, rz))
+        elif news is not None and news.all_stopped():
+            break
         q = operator(p)
         curvature = _dot(p, q)
         # A breakdown (no curvature left, or none in this precision) ends a sample where it stands.
@@ -196,11 +204,40 @@ def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):
         found[index] = torch.where(_like(better, x), x, found[index])
         steps[index] = torch.where(sound, step, steps[index])
         running[index] = sound & ~(relative <= tolerance)
+        if news is not None:
+            news.send(running)
         z = precondition(r)
         following = _dot(r, z)
         p = z + _like(torch.where(sound, following / rz.clamp(min=tiny), 0.0), z) * p
         rz = following
     return found, Convergence(best.detach(), steps, best.detach() <= tolerance)
+
+
+class _News:
+    """Tells the host whether any sample is still running, as it was a few steps ago."""
+
+    def __init__(self) -> None:
+        self._sent: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def send(self, running: Tensor) -> None:
+        """Start copying the news of a step."""
+        flag = running.any().to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._sent.append((flag, event))
+
+    def all_stopped(self) -> bool:
+        """Tell whether the last step that is known of has left no sample running."""
+        stopped = False
+        while self._sent:
+            flag, event = self._sent[0]
+            if len(self._sent) > _BEHIND:
+                event.synchronize()  # the device has other steps to go on with
+            elif not event.query():
+                break
+            stopped = not bool(flag)
+            self._sent.popleft()
+        return stopped
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

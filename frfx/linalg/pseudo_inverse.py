@@ -87,6 +87,10 @@ class Factor(abc.ABC):
     def solve(self, residual: Tensor) -> Tensor:
         """Return the least-norm least-squares solution of `operator(d) = residual`."""
 
+    def correct(self, x: Tensor, target: Tensor, output: Tensor) -> Tensor:
+        """Return `x + solve(target - output)`."""
+        return x + self.solve(target - output)
+
     @property
     @abc.abstractmethod
     def nbytes(self) -> int:

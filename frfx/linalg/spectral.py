@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,6 +113,16 @@ class SpectralFactor(Factor):
             source = residual.reshape(len(residual), groups, -1, *residual.shape[2:])
         result = self.map(source)
         return self.model.from_blocks(result) if self._result_in_blocks else result.flatten(1, 2)
+
+    def correct(self, x: Tensor, target: Tensor, output: Tensor) -> Tensor:
+        """Return `x + solve(target - output)`."""
+        blocked = math.prod(self.model.operator.stride) > 1
+        if blocked or self._gram is not None or not x.dtype == target.dtype == self.dtype:
+            return super().correct(x, target, output)
+        n, groups = len(x), self.model.groups
+        target, output = (t.reshape(n, groups, -1, *t.shape[2:]) for t in (target, output))
+        plus = x.reshape(n, groups, -1, *x.shape[2:])
+        return self.map(target, output, plus).flatten(1, 2)
 
     @property
     def nbytes(self) -> int:

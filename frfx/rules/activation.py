@@ -39,12 +39,14 @@ class Elementwise:
         range: `(**arguments)` to the ends of the function's range; to an empty one for arguments
             with which it cannot be inverted.
         attained: Whether the function reaches finite ends of its range.
+        functor: `(**arguments)` to what computes the same in kernels/activation.cu, if any does.
     """
 
     name: str
     nearest: Callable[..., Tensor]
     range: Callable[..., Range]
     attained: bool = False
+    functor: Callable[..., str] | None = None
 
 
 class ElementwiseInversion(Inversion):
@@ -54,9 +56,13 @@ class ElementwiseInversion(Inversion):
         super().__init__()
         self.function, self.arguments = function, arguments
         self.limits = _limits(function, arguments, margin)
+        self.functor = function.functor(**arguments) if function.functor else None
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         (x,) = inputs
+        kernels = self.backend.kernels
+        if kernels is not None and self.functor and kernels.serve(target, output, x):
+            return kernels.preimage(self.functor, target, output, x, self.limits)
         wanted = target.clamp(*self.limits)
         had = output.to(target.dtype).clamp(*self.limits)
         preimage = self.function.nearest(wanted, x, **self.arguments)
@@ -127,8 +133,8 @@ def _ignoring_input(y: Tensor, x: Tensor, *, inverse: Callable[..., Tensor], **k
     return inverse(y, **kw)
 
 
-def _constant_range(*, ends: Range, **_: Any) -> Range:
-    return ends
+def _constant(*, value: Any, **_: Any) -> Any:
+    return value
 
 
 def _enter(
@@ -139,13 +145,16 @@ def _enter(
     attained: bool = False,
     principle: str | None = None,
     overwrite: bool = False,
+    functor: str | Callable[..., str] | None = None,
 ) -> None:
     spellings = op if isinstance(op, tuple) else (op,)
-    limits = range if callable(range) else functools.partial(_constant_range, ends=range)
+    limits = range if callable(range) else functools.partial(_constant, value=range)
+    if isinstance(functor, str):
+        functor = functools.partial(_constant, value=functor)
     name = (
         op.name if isinstance(op, OpType) else getattr(spellings[0], "__name__", str(spellings[0]))
     )
-    function = Elementwise(name, nearest, limits, attained)
+    function = Elementwise(name, nearest, limits, attained, functor)
     factory = functools.partial(ElementwiseRule, function)
     register_rule(*spellings, principle=principle, overwrite=overwrite)(factory)
 
@@ -192,16 +201,23 @@ def register_elementwise(
 
 
 def _bijection(
-    op: OpType, inverse: Callable[..., Tensor], range: Range | Callable[..., Range] = _everywhere
+    op: OpType,
+    inverse: Callable[..., Tensor],
+    range: Range | Callable[..., Range] = _everywhere,
+    functor: str | None = None,
 ) -> None:
-    _enter(op, functools.partial(_ignoring_input, inverse=inverse), range)
+    _enter(op, functools.partial(_ignoring_input, inverse=inverse), range, functor=functor)
+
+
+def _gelu_functor(approximate: str = "none") -> str:
+    return "Dip<GeluTanh>" if approximate == "tanh" else "Dip<Gelu>"
 
 
 # Bijections onto the real line, or with an open range.
 _bijection(vocabulary.sinh, torch.asinh)
 _bijection(vocabulary.asinh, torch.sinh)
-_bijection(vocabulary.tanh, torch.atanh, (-1, 1))
-_bijection(vocabulary.sigmoid, torch.logit, (0, 1))
+_bijection(vocabulary.tanh, torch.atanh, (-1, 1), functor="Tanh")
+_bijection(vocabulary.sigmoid, torch.logit, (0, 1), functor="Sigmoid")
 _bijection(vocabulary.atan, torch.tan, (-math.pi / 2, math.pi / 2))
 _bijection(vocabulary.softsign, preimage.softsign, (-1, 1))
 _bijection(vocabulary.logsigmoid, preimage.logsigmoid, (-math.inf, 0))
@@ -210,9 +226,10 @@ _bijection(vocabulary.selu, preimage.selu, preimage.selu_range)
 _bijection(vocabulary.celu, preimage.celu, preimage.elu_range)
 
 # Ranges whose ends are reached by whole intervals.
-_enter(vocabulary.relu, preimage.identity, (0, math.inf), attained=True, principle="minimal")
-_enter(vocabulary.relu6, preimage.identity, (0, 6), attained=True)
-_enter(vocabulary.hardtanh, preimage.identity, preimage.hardtanh_range, attained=True)
+_identity = functools.partial(_enter, nearest=preimage.identity, attained=True, functor="Identity")
+_identity(vocabulary.relu, range=(0, math.inf), principle="minimal")
+_identity(vocabulary.relu6, range=(0, 6))
+_identity(vocabulary.hardtanh, range=preimage.hardtanh_range)
 _enter(vocabulary.hardsigmoid, preimage.hardsigmoid, (0, 1), attained=True)
 
 # Several preimages.
@@ -220,9 +237,10 @@ _enter(vocabulary.absolute, preimage.absolute, (0, math.inf), attained=True)
 _enter(vocabulary.softplus, preimage.softplus, preimage.softplus_range)
 _enter(vocabulary.leaky_relu, preimage.leaky_relu)
 _enter(vocabulary.sin, preimage.sin, (-1, 1), attained=True, principle="minimal")
-_enter(vocabulary.silu, preimage.silu, (preimage.SILU.minimum, math.inf), attained=True)
-_enter(vocabulary.gelu, preimage.gelu, preimage.gelu_range, attained=True)
-_enter(vocabulary.mish, preimage.mish, (preimage.MISH.minimum, math.inf), attained=True)
+_dip = functools.partial(_enter, attained=True)
+_dip(vocabulary.silu, preimage.silu, (preimage.SILU.minimum, math.inf), functor="Dip<Silu>")
+_dip(vocabulary.gelu, preimage.gelu, preimage.gelu_range, functor=_gelu_functor)
+_dip(vocabulary.mish, preimage.mish, (preimage.MISH.minimum, math.inf), functor="Dip<Mish>")
 _enter(vocabulary.hardswish, preimage.hardswish, (-0.375, math.inf), attained=True)
 
 

@@ -29,11 +29,13 @@ class Inversion(nn.Module, abc.ABC):
         solver: What it solves with, for the summary.
         reason: What else the summary says of it.
         partial: Whether it may answer for some entries of its input only, as `share` tells.
+        backend: What it computes with, where there is a choice.
     """
 
     solver = "closed form"
     reason = ""
     partial = False
+    backend: Backend = torch_backend
 
     def check_convergence(self) -> None:
         """Warn or raise, as asked, if the last solve has left samples unsolved.
@@ -122,9 +124,6 @@ class AffineInversion(FactoredInversion):
         solver: Factors it.
         key: What of the shapes of input and output the operator depends on.
         unconverged: What to do about samples that an iterative solver has not solved.
-
-    Attributes:
-        backend: The array library that solves.
     """
 
     def __init__(
@@ -139,7 +138,6 @@ class AffineInversion(FactoredInversion):
         self._operator, self._solver, self._key = operator, solver, key
         self.solver = solver.name
         self.unconverged = unconverged
-        self.backend: Backend = torch_backend
 
     def key(self, input_shape: Shape, output_shape: Shape) -> Shape:
         """Return what of the shapes the operator depends on."""
@@ -154,7 +152,7 @@ class AffineInversion(FactoredInversion):
         (x,) = inputs
         with torch.autocast(x.device.type, enabled=False):
             factor = self.factor(x, output)
-            x = x + factor.solve(target - output)
+            x = factor.correct(x, target, output)
         if torch.compiler.is_compiling() and isinstance(factor, Choice) and factor.iterates:
             self._check_compiled()  # the graph's last node does not, and the solver broke it anyway
         return x

@@ -142,9 +142,9 @@ def check_range(labels: Tensor, classes: int) -> None:
     if labels.numel() == 0:
         return
     labels = labels.long()  # torch has no aminmax of the wider unsigned types
-    low, high = labels.aminmax()
+    low, high = torch.stack(labels.aminmax()).tolist()
     if low < 0 or high >= classes:
-        wrong = int(low) if low < 0 else int(high)
+        wrong = low if low < 0 else high
         position = (labels == wrong).nonzero()[0].tolist()
         raise TargetError(
             f"label {wrong} at position {position} is out of range: the network has {classes} "
@@ -175,7 +175,29 @@ class Embedding(Inversion):
             return target
         (logits,) = inputs
         # Half types are solved in single, as everywhere.
-        return self.embed(logits.to(solve_dtype(logits.dtype)), target, self.dim, **self.options)
+        return self._embedded(logits.to(solve_dtype(logits.dtype)), target)
+
+    def _embedded(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.embed(logits, labels, self.dim, **self.options)
+
+
+class NearestEmbedding(Embedding):
+    """Embeds integer labels at the nearest logits.
+
+    Args:
+        dim: The dimension of the classes.
+        margin: By how much the label wins.
+    """
+
+    def __init__(self, dim: int, margin: float) -> None:
+        super().__init__(_nearest_embedding, dim, margin=margin)
+
+    def _embedded(self, logits: Tensor, labels: Tensor) -> Tensor:
+        kernels = self.backend.kernels
+        last = self.dim in (-1, logits.ndim - 1)
+        if kernels is not None and last and kernels.serve(logits):
+            return kernels.nearest_embedding(logits, labels, self.options["margin"])
+        return super()._embedded(logits, labels)
 
 
 class _LabelRule(Rule):
@@ -207,7 +229,7 @@ class NearestEmbeddingRule(_LabelRule):
     label_margin: float = 0.0
 
     def build(self, op: Op) -> Inversion:
-        return Embedding(_nearest_embedding, op.arguments["dim"], margin=self.label_margin)
+        return NearestEmbedding(op.arguments["dim"], self.label_margin)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from frfx import vocabulary
+from frfx.kernels import Windows
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
 from frfx.rules.axis import (
     Axis,
+    RegularAxis,
     adaptive_axes,
     fold,
     frame,
@@ -55,6 +57,30 @@ class MaxPoolInversion(Inversion):
         """Return the windows along every spatial dimension."""
         return self.geometry(tuple(x.shape[2:]), tuple(output.shape[2:]))
 
+    def by_kernel(
+        self, target: Tensor, x: Tensor, axes: tuple[Axis, ...], *, minimal: bool
+    ) -> Tensor | None:
+        """Return the image from one kernel; None if there is none for these windows and tensors."""
+        kernels = self.backend.kernels
+        if kernels is None or not kernels.serve(target, x) or x[0, 0].numel() >= 1 << 31:
+            return None
+        windows = [_windows(axis) for axis in axes]
+        if None in windows or len(windows) > 2:
+            return None
+        pair = (Windows(1, 1, 1, 1, 0, 1), *windows)[-2:]
+        return kernels.max_unpool(
+            target, x, pair, minimal=minimal,
+            disjoint=all(axis.disjoint for axis in axes),
+            complete=all(axis.complete for axis in axes),
+        )  # fmt: skip
+
+
+def _windows(axis: Axis) -> Windows | None:
+    """Return the windows as the kernels take them."""
+    if not isinstance(axis, RegularAxis):
+        return None
+    return Windows(axis.size, axis.count, axis.kernel, axis.stride, axis.padding, axis.dilation)
+
 
 class CopyToWindow(MaxPoolInversion):
     """Every entry takes the least target of the windows that read it; what none reads stays."""
@@ -62,6 +88,9 @@ class CopyToWindow(MaxPoolInversion):
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         axes = self.axes(x, output)
+        image = self.by_kernel(target, x, axes, minimal=False)
+        if image is not None:
+            return image
         copies = lowest(target, axes)
         if all(axis.complete for axis in axes):
             return copies
@@ -83,16 +112,17 @@ class MinimalMaxUnpool(MaxPoolInversion):
         return torch.cat(images).view(x.shape)
 
     def _unpool(self, target: Tensor, output: Tensor, x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-        if all(axis.disjoint for axis in axes):
-            size = math.prod([axis.kernel for axis in axes])
-            if size <= _SMALL and x.is_cpu and all(axis.inside for axis in axes):
-                return _unpool_small_tiles(target, output, x, axes)
-            bound, place = lowest(target, axes), _argmax(x, axes)
-        else:
-            if not all(axis.free for axis in axes):
-                target = _nearest_reachable(target, x, axes)
-            bound = lowest(target, axes)
-            place = _select(target, bound, x, axes)
+        disjoint = all(axis.disjoint for axis in axes)
+        if not disjoint and not all(axis.free for axis in axes):
+            target = _nearest_reachable(target, x, axes)
+        image = self.by_kernel(target, x, axes, minimal=True)
+        if image is not None:
+            return image
+        size = math.prod([axis.kernel for axis in axes])
+        if disjoint and size <= _SMALL and x.is_cpu and all(axis.inside for axis in axes):
+            return _unpool_small_tiles(target, output, x, axes)
+        bound = lowest(target, axes)
+        place = _argmax(x, axes) if disjoint else _select(target, bound, x, axes)
         raised = x.flatten(2).scatter(2, place, math.inf).view(x.shape)
         return torch.minimum(raised, bound)
 

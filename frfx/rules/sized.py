@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from frfx.linalg.backend import Backend, torch_backend
 from frfx.ops import Op, Shape
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
 
@@ -51,9 +50,6 @@ class SizedInversion(FactoredInversion):
     Args:
         op: The op that is inverted.
         rule: Builds its inversion once the arguments are known.
-
-    Attributes:
-        backend: The array library that solves.
     """
 
     solver = "at every size"
@@ -62,7 +58,6 @@ class SizedInversion(FactoredInversion):
         super().__init__(op)
         self.rule = rule
         self.partial = len(rule.reconstructs(op)) == 1  # a selection has one input
-        self.backend: Backend = torch_backend
         self._known: dict[Shape, Op] = {}
 
     def key(self, input_shape: Shape, output_shape: Shape) -> Shape:
@@ -82,8 +77,7 @@ class SizedInversion(FactoredInversion):
         op = self._known[key]
         assert op.input_shapes is not None
         inversion = self.rule.build(op)
-        if isinstance(inversion, AffineInversion):
-            inversion.backend = self.backend
+        inversion.backend = self.backend
         if not isinstance(inversion, FactoredInversion):
             return Built(inversion)
         inversion.like = self.like

@@ -29,7 +29,7 @@ class NumpyBackend(Backend):
         permute_dims=np.transpose,
         concat=lambda arrays, axis: np.concatenate(arrays, axis),
         rfftn=lambda x, s, axes: np.fft.rfftn(x, s, axes),
-        irfftn=lambda x, s, axes: np.fft.irfftn(x, s, axes),
+        irfftn=lambda x, s, axes: np.fft.irfftn(x, s, axes, norm="forward"),
     )
 
     def constant(self, tensor):
