@@ -84,7 +84,7 @@ def bench_joint(session: nox.Session) -> None:
 def bench_solvers(session: nox.Session) -> None:
     """Measure the solvers beside their floors, and whole networks beside a training step."""
     install(session, "cli")
-    session.run("python", "benchmarks/solvers.py", *session.posargs)
+    session.run("python", "-m", "solvers", *session.posargs, env={"PYTHONPATH": "benchmarks"})
 
 
 @nox.session

@@ -19,6 +19,9 @@ TYPES = {torch.float32: "float", torch.float64: "double"}
 _THREADS = 256
 _MOST_BLOCKS = 1 << 16
 
+_LATENCY = 128
+"""How many threads more a turn of a block might have had in the time that it waits for memory."""
+
 
 class Launcher(Protocol):
     """Runs a kernel.
@@ -64,6 +67,7 @@ class CupyLauncher:
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
         self._kernels: dict[tuple[str, int], Any] = {}
+        self._streams: dict[tuple[int, int], Any] = {}
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self.shared_memory = properties.shared_memory_per_block_optin
 
@@ -78,11 +82,14 @@ class CupyLauncher:
     ) -> None:
         """Launch the instance of a template."""
         index = torch.cuda.current_device() if device.index is None else device.index
-        stream = torch.cuda.current_stream(device).cuda_stream
-        with self._cupy.cuda.Device(index), self._cupy.cuda.ExternalStream(stream, index):
+        pointer = torch.cuda.current_stream(device).cuda_stream
+        if (pointer, index) not in self._streams:
+            self._streams[pointer, index] = self._cupy.cuda.ExternalStream(pointer, index)
+        with torch.cuda.device(index):
             if (name, index) not in self._kernels:
                 self._kernels[name, index] = self._compile(name)
-            self._kernels[name, index]((blocks,), (threads,), arguments, shared_mem=shared)
+            kernel, stream = self._kernels[name, index], self._streams[pointer, index]
+            kernel((blocks,), (threads,), arguments, shared_mem=shared, stream=stream)
 
     def _compile(self, name: str) -> Any:
         module = self._cupy.RawModule(
@@ -194,6 +201,26 @@ class CircularMap:
         """The shared memory that a block needs, in bytes."""
         return sum(self.buffers) * self.matrices.element_size()
 
+    @functools.cached_property
+    def threads(self) -> int:
+        """How many threads a block should have: few are idle in any step, or wait alone."""
+        height, half = self.size[0], self.size[1] // 2 + 1
+        quads = [-(-n // 4) for n in (self.columns * self.source[0], height, self.rows,
+                                      self.result[0], self.rows * self.result[0])]  # fmt: skip
+        steps = (  # how many times four results there are to make, and of how many terms each
+            (quads[0] * half, self.source[1]),
+            (self.columns * quads[1] * half, self.source[0]),
+            (quads[2] * height * half, self.columns),
+            (self.rows * quads[3] * half, height),
+            (quads[4] * self.result[1], half),
+        )
+
+        def cost(threads: int) -> int:
+            turns = sum(-(-count // threads) * terms for count, terms in steps)
+            return turns * (threads + _LATENCY)
+
+        return min(range(64, 513, 32), key=cost)
+
     @property
     def nbytes(self) -> int:
         """The memory that matrices and tables hold, in bytes."""
@@ -295,14 +322,22 @@ class Kernels:
             complete: Whether every entry is read by a window.
         """
         target, x = target.contiguous(), x.contiguous()
-        result = torch.empty_like(x) if complete or not disjoint else x.clone()
-        name = (
-            f"{'unpool_tiles' if disjoint else 'unpool'}<{TYPES[x.dtype]}, {str(minimal).lower()}>"
-        )
-        count = target.numel() if disjoint else x.numel()
-        addresses = (t.data_ptr() for t in (target, x, result))
         geometry = (*windows[0].arguments(), *windows[1].arguments())
-        self._each(name, count, (*addresses, count, *geometry), x)
+        kind, nearest = TYPES[x.dtype], str(minimal).lower()
+
+        def run(name: str, count: int, *tensors: Tensor) -> None:
+            addresses = (t.data_ptr() for t in tensors)
+            self._each(name, count, (*addresses, count, *geometry), x)
+
+        if disjoint:
+            result = torch.empty_like(x) if complete else x.clone()
+            run(f"unpool_tiles<{kind}, {nearest}>", target.numel(), target, x, result)
+            return result
+        result = torch.empty_like(x)
+        bounds = torch.empty_like(x) if minimal else x
+        run(f"unpool_bounds<{kind}, {nearest}>", x.numel(), target, x, bounds, result)
+        if minimal:
+            run(f"unpool_tops<{kind}>", target.numel(), target, x, bounds, result)
         return result
 
     def circular_map(
@@ -332,7 +367,7 @@ class Kernels:
         )
         name = f"circular_map<{TYPES[source.dtype]}>"
         blocks = n * circular.groups
-        self._launch(name, source.device, blocks, 2 * _THREADS, arguments, circular.shared)
+        self._launch(name, source.device, blocks, circular.threads, arguments, circular.shared)
         return result
 
     def transpose(self, matrix: Tensor) -> Tensor:

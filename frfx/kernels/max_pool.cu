@@ -3,10 +3,16 @@
 // Windows along one dimension: window j reads the entries j * stride - padding + o * dilation.
 struct Axis {
   int size, count, kernel, stride, padding, dilation;
-  // The window whose offset o is at an entry; -1 if there is none.
-  __device__ int window(int entry, int offset) const {
-    const int at = entry + padding - offset * dilation;
-    return at < 0 || at % stride || at / stride >= count ? -1 : at / stride;
+  // The windows that reach over an entry are those from the last on for which it `reads`.
+  __device__ int last(int entry) const {
+    const int window = (entry + padding) / stride;
+    return window < count ? window : count - 1;
+  }
+  __device__ bool reads(int window, int entry) const {
+    return entry + padding - window * stride <= (kernel - 1) * dilation;
+  }
+  __device__ bool taps(int window, int entry) const {
+    return dilation == 1 || (entry + padding - window * stride) % dilation == 0;
   }
   __device__ int entry(int window, int offset) const {
     const int at = window * stride - padding + offset * dilation;
@@ -52,77 +58,66 @@ __global__ void unpool_tiles(const T* target, const T* x, T* result, long long w
   }
 }
 
-template <typename T>
-struct Image {
-  const T* target;
-  Axis rows, columns;
-  // What an entry may not exceed: the least target of the windows that read it. False if none does.
-  __device__ bool bounded(int r, int c, T& least) const {
-    bool read = false;
-    for (int p = 0; p < rows.kernel; ++p) {
-      const int a = rows.window(r, p);
-      for (int q = 0; a >= 0 && q < columns.kernel; ++q) {
-        const int b = columns.window(c, q);
-        if (b < 0) continue;
-        const T wanted = target[a * columns.count + b];
-        if (!read || wanted < least) least = wanted;
-        read = true;
-      }
-    }
-    return read;
-  }
-  // Whether an entry is the one that brings a window to its target: of those whose bound that is,
-  // the first of the largest.
-  __device__ bool brings(int a, int b, int r, int c, const T* x) const {
-    const T wanted = target[a * columns.count + b], mine = x[r * columns.size + c];
-    bool before = true;
-    for (int p = 0; p < rows.kernel; ++p)
-      for (int q = 0; q < columns.kernel; ++q) {
-        const int i = rows.entry(a, p), j = columns.entry(b, q);
-        if (i < 0 || j < 0) continue;
-        if (i == r && j == c) {
-          before = false;
-          continue;
-        }
-        const T other = x[i * columns.size + j];
-        T bound;
-        if ((other > mine || (before && other == mine)) && bounded(i, j, bound) && bound == wanted)
-          return false;
-      }
-    return true;
-  }
-};
-
-// Windows that may overlap: a thread an entry of the image. The targets must be such that every
-// window has an entry whose bound is its target.
+// Windows that may overlap, first half: a thread an entry of the image, which takes its bound, the
+// least target of the windows that read it; if minimal, itself where it is smaller. What no window
+// reads stays. The bounds are kept for the second half.
 template <typename T, bool minimal>
-__global__ void unpool(const T* target, const T* x, T* result, long long entries, long long h,
-                       long long oh, long long kh, long long sh, long long ph, long long dh,
-                       long long w, long long ow, long long kw, long long sw, long long pw,
-                       long long dw) {
+__global__ void unpool_bounds(const T* target, const T* x, T* bounds, T* result, long long entries,
+                              long long h, long long oh, long long kh, long long sh, long long ph,
+                              long long dh, long long w, long long ow, long long kw, long long sw,
+                              long long pw, long long dw) {
   const Axis rows = {int(h), int(oh), int(kh), int(sh), int(ph), int(dh)};
   const Axis columns = {int(w), int(ow), int(kw), int(sw), int(pw), int(dw)};
   const long long all = (long long)gridDim.x * blockDim.x;
   for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < entries; i += all) {
     const long long row = i / columns.size;
     const int c = int(i - row * columns.size), r = int(row % rows.size);
-    const long long plane = row / rows.size;
-    const Image<T> image = {target + plane * rows.count * columns.count, rows, columns};
-    const T* forward = x + plane * rows.size * columns.size;
-    T bound;
-    if (!image.bounded(r, c, bound)) {
-      result[i] = x[i];
-      continue;
-    }
-    bool at_bound = !minimal || !(x[i] < bound);
-    for (int p = 0; !at_bound && p < rows.kernel; ++p) {
-      const int a = rows.window(r, p);
-      for (int q = 0; !at_bound && a >= 0 && q < columns.kernel; ++q) {
-        const int b = columns.window(c, q);
-        at_bound = b >= 0 && image.target[a * columns.count + b] == bound &&
-                   image.brings(a, b, r, c, forward);
+    const T* wanted = target + row / rows.size * rows.count * columns.count;
+    const int last_a = rows.last(r), last_b = columns.last(c);
+    bool read = false;
+    T least = 0;
+    for (int a = last_a; a >= 0 && rows.reads(a, r); --a) {
+      if (!rows.taps(a, r)) continue;
+      for (int b = last_b; b >= 0 && columns.reads(b, c); --b) {
+        if (!columns.taps(b, c)) continue;
+        const T value = wanted[a * columns.count + b];
+        if (!read || value < least) least = value;
+        read = true;
       }
     }
-    result[i] = at_bound ? bound : x[i];
+    const T mine = x[i];
+    if (minimal) bounds[i] = read ? least : mine;
+    result[i] = read && !(minimal && mine < least) ? least : mine;
+  }
+}
+
+// The second half: a thread a window. Of its entries whose bound is its target, the first of the
+// largest takes it. An entry that several windows choose has one bound, so they write the same.
+template <typename T>
+__global__ void unpool_tops(const T* target, const T* x, const T* bounds, T* result,
+                            long long windows, long long h, long long oh, long long kh,
+                            long long sh, long long ph, long long dh, long long w, long long ow,
+                            long long kw, long long sw, long long pw, long long dw) {
+  const Axis rows = {int(h), int(oh), int(kh), int(sh), int(ph), int(dh)};
+  const Axis columns = {int(w), int(ow), int(kw), int(sw), int(pw), int(dw)};
+  const long long all = (long long)gridDim.x * blockDim.x;
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < windows; i += all) {
+    const long long row = i / columns.count;
+    const int b = int(i - row * columns.count), a = int(row % rows.count);
+    const long long start = row / rows.count * rows.size * columns.size;
+    const T wanted = target[i];
+    long long first = -1;
+    T most = 0;
+    for (int p = 0; p < rows.kernel; ++p)
+      for (int q = 0; q < columns.kernel; ++q) {
+        const int r = rows.entry(a, p), c = columns.entry(b, q);
+        if (r < 0 || c < 0) continue;
+        const long long at = start + (long long)r * columns.size + c;
+        if (bounds[at] == wanted && (first < 0 || x[at] > most)) {
+          most = x[at];
+          first = at;
+        }
+      }
+    if (first >= 0) result[first] = wanted;
   }
 }

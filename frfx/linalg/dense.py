@@ -50,6 +50,12 @@ class MatrixFactor(Factor):
         """Map residuals (..., m) to deviations (..., n)."""
         return F.linear(residual.to(self.inverse.dtype), self.inverse)
 
+    def correct(self, x: Tensor, target: Tensor, output: Tensor) -> Tensor:
+        """Return `x + solve(target - output)`."""
+        if x.ndim != 2 or not x.dtype == target.dtype == self.inverse.dtype:
+            return super().correct(x, target, output)
+        return torch.addmm(x, target - output, self.inverse.mT)
+
     @property
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes."""

@@ -108,6 +108,7 @@ class FourierMap:
     Attributes:
         form: The form that was chosen.
         streams: Whether the matrices are made anew at every application.
+        in_one: The map for the kernel that takes it in one; None where that is not the fastest.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class FourierMap:
         self.streams = self.form != "matrix" and self._bytes_of(self.form) > memory
         self._tables: tuple[Any, ...] = ()
         self._kept: Any = None
-        self._in_one = self._small()
+        self.in_one = self._small()
         if self.form == "matrix":
             self._kept = self.backend.constant(self._dense())
         else:
@@ -153,7 +154,6 @@ class FourierMap:
         return self.groups * self.rows * self.columns * count * width * self.dtype.itemsize
 
     def _small(self) -> CircularMap | None:
-        """Return the map for the kernel that takes it in one; None where that is not faster."""
         kernels, grid = self.backend.kernels, self.grid
         if kernels is None or kernels.device_type != self.device.type:
             return None
@@ -174,7 +174,7 @@ class FourierMap:
     def nbytes(self) -> int:
         """The memory that the map holds, in bytes."""
         kept = [self._kept] if self._kept is not None else []
-        held = 0 if self._in_one is None else self._in_one.nbytes
+        held = 0 if self.in_one is None else self.in_one.nbytes
         return held + sum(
             array.size * array.itemsize if not isinstance(array, Tensor) else nbytes(array)
             for array in (*self._tables, *kept)
@@ -193,9 +193,9 @@ class FourierMap:
         given = [t for t in (source, minus, plus) if t is not None]
         kernels = self.backend.kernels
         if kernels is not None and source.dtype == self.dtype and kernels.serve(*given):
-            if self._in_one is not None:
+            if self.in_one is not None:
                 shape = (source.shape[0], self.groups, self.rows, *self.grid.result)
-                return kernels.circular_map(self._in_one, source, minus, plus).view(shape)
+                return kernels.circular_map(self.in_one, source, minus, plus).view(shape)
             if minus is not None and self.form == "fft" and len(self.grid.size) == 2:
                 source, minus = kernels.residual_on_grid(source, minus, self.grid.size), None
         if minus is not None:

@@ -20,7 +20,8 @@ TEMPLATES = (
     "circular_map<{type}>",
     "residual_on_grid<{type}>",
     "transpose<{type}>",
-    *(f"{name}<{{type}}, {minimal}>" for name in ("unpool", "unpool_tiles")
+    "unpool_tops<{type}>",
+    *(f"{name}<{{type}}, {minimal}>" for name in ("unpool_bounds", "unpool_tiles")
       for minimal in ("true", "false")),
     *(f"preimage<{{type}}, {functor}>" for functor in FUNCTORS),
 )  # fmt: skip

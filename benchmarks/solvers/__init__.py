@@ -1,0 +1,1 @@
+"""What solving costs: layers beside their floors, networks beside a training step."""

@@ -1,0 +1,92 @@
+"""Run by `nox -s bench-solvers`; prints tables and writes them as JSON.
+
+All figures of a row are measured in turns within one run, the least of each is kept, and they are
+read as ratios.
+
+The floor of a layer on a CPU is the sum of three things, each alone and on contiguous data: the
+real Fourier transform of the residual on the layer's grid, the product with one matrix a frequency,
+and the transform back. On a GPU it is the time to move what must be moved, or to multiply, at the
+rates that the same run has measured. A "step" is one forward and backward pass of the same layer or
+network.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from solvers import layers, networks, steps
+from solvers.floors import Rates
+from solvers.stopwatch import Stopwatch
+
+console = Console(width=190)
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table."""
+    table = Table(title=title)
+    names = [name for name in rows[0] if not name.endswith("parts_ms")]
+    for name in names:
+        table.add_column(name.replace("_", " "))
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in names))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("bench-solvers.json"),
+    quick: Annotated[bool, typer.Option(help="The small ones, under two minutes.")] = False,
+    seconds: Annotated[float, typer.Option(help="Time for every figure of a layer.")] = 0.5,
+    threads: Annotated[int, typer.Option(help="Of the CPU; 0 leaves them.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or all that there are.")] = "all",
+) -> None:
+    """Measure."""
+    if threads:
+        torch.set_num_threads(threads)
+    seconds = min(seconds, 0.15) if quick else seconds
+    there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    record: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+    for name in there if device == "all" else [device]:
+        watch = Stopwatch(torch.device(name), seconds)
+        chosen = [layer for layer in layers.LAYERS if layer.quick or not quick]
+        tables: dict[str, list[dict[str, Any]]] = {}
+        if name == "cpu":
+            tables["layers"] = [layers.on_cpu(layer, watch) for layer in chosen]
+        else:
+            rates = Rates.measure(watch.device, watch)
+            record["gpu"] = torch.cuda.get_device_name()
+            record["rates"] = vars(rates)
+            tables["layers"] = [layers.on_gpu(layer, watch, rates) for layer in chosen]
+            tables["steps"] = list(steps.measure(watch))
+        tables["networks"] = [
+            networks.measure(case, watch, backend)
+            for case in networks.cases(watch.device)
+            if case.quick or not quick
+            for backend in (["auto", "torch"] if name == "cuda" else ["auto"])
+        ]
+        for title, rows in tables.items():
+            show(f"{title} on {name}", rows)
+        record[name] = tables
+    output.write_text(json.dumps(record, indent=1))
+    console.print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
