@@ -163,15 +163,16 @@ def on_gpu(layer: Layer, watch: Stopwatch, rates: Rates) -> dict[str, Any]:
     step = watch.captured({"step": problem.step})["step"]
     least, bound = rates.floor(operator, layer.batch)
     inner = factors["auto"].factor
-    in_one = isinstance(inner, SpectralFactor) and inner.map.in_one
+    if isinstance(inner, SpectralFactor):
+        row["form"] = "one kernel" if inner.map.in_one else inner.map.form
+    fastest = found.get("auto")  # matrices that are made anew at every call cannot be captured
     return {
         **row,
-        "form": "one kernel" if in_one else row["form"],
         "floor_us": 1e3 * least,
         "bound": bound,
-        **{f"{name}_us": 1e3 * found[name] for name in BACKENDS if name in found},
-        "to_floor": found["auto"] / least,
-        "to_step": found["auto"] / step,
+        **{f"{name}_us": 1e3 * found[name] if name in found else None for name in BACKENDS},
+        "to_floor": fastest / least if fastest else None,
+        "to_step": fastest / step if fastest else None,
         "eager_us": 1e3 * eager["auto"],
         "factor_mib": chosen.nbytes / 2**20,
     }

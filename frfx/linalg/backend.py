@@ -156,7 +156,7 @@ class CupyBackend(Backend):
     def run(self, function: Callable[[Any], Any], x: Tensor) -> Tensor:
         cuda, device = self._cupy.cuda, x.device.index
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        # torch's memory: one pool for both, and the one that a CUDA graph keeps.
+        # torch's memory: what one of the two has freed, the other can have.
         memory = cuda.using_allocator(self._memory.malloc)
         with cuda.Device(device), cuda.ExternalStream(stream, device), memory:
             return torch.from_dlpack(function(self._cupy.from_dlpack(x.detach())))
