@@ -42,14 +42,14 @@ _LEAST_BATCH = 16
 """Samples that are transformed at a time at least, twice as many with groups: fewer make poor
 matrix products."""
 
-_MATRIX_UP_TO = 1 << 23
+_MATRIX_UP_TO = 1 << 21
 """Entries up to which the whole map as one matrix is the fastest on a GPU (docs/solvers.md)."""
 
-_IN_ONE_UP_TO = 256
-"""Entries of a matrix up to which one kernel for the whole map is the fastest on a GPU."""
+_IN_ONE = range(1 << 8, 1 << 17)
+"""How many entries the matrices have where one kernel for the whole map is faster still, ..."""
 
-_IN_ONE_MEMORY = 96 << 10
-"""Bytes of shared memory up to which it is, a block: several then run on a multiprocessor."""
+_IN_ONE_MEMORY = 64 << 10
+"""... and the bytes of shared memory up to which: several blocks then run on a multiprocessor."""
 
 _DFT_UP_TO = 16
 """Largest side of a grid on which transforms as matrix products beat fast ones (see
@@ -157,8 +157,8 @@ class FourierMap:
         kernels, grid = self.backend.kernels, self.grid
         if kernels is None or kernels.device_type != self.device.type:
             return None
-        small = len(grid.size) <= 2 and self.rows * self.columns <= _IN_ONE_UP_TO
-        if not small or self.streams:
+        entries = math.prod(grid.size) * self.rows * self.columns
+        if len(grid.size) > 2 or entries not in _IN_ONE or self.streams:
             return None
         sizes = (self._plane(shape) for shape in (grid.size, grid.source, grid.result))
         found = CircularMap.of(*sizes, self._at(grid.frequencies("fft"), "fft"))

@@ -14,7 +14,7 @@ from torch import nn
 
 import frfx
 from frfx import networks
-from frfx.linalg import Convolution, Solver
+from frfx.linalg import Convolution, Solver, fourier
 from frfx.linalg.backend import TorchBackend, torch_backend
 from frfx.linalg.fourier import Grid
 from frfx.rules import activation
@@ -70,7 +70,9 @@ def planes(draw):
 @given(problem=planes(), seed=seeds)
 def test_a_map_in_one_is_the_dense_map(dtype, problem, seed):
     launcher = EmulatedLauncher()
-    made = make(problem, dtype=dtype, backend=TorchBackend(Kernels(launcher)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fourier, "_IN_ONE", range(1 << 30))  # whatever is the fastest
+        made = make(problem, dtype=dtype, backend=TorchBackend(Kernels(launcher)))
     source, minus = (image_for(problem, seed + i, 2, dtype) for i in range(2))
     expected = dense_product(problem, (source.double() - minus.double()).numpy())
     plus = normal(seed + 2, *expected.shape).to(dtype)
@@ -223,6 +225,15 @@ def test_the_transforms_of_large_images(backend, launcher):
     assert [n.partition("<")[0] for n in launcher.launched] == [
         "residual_on_grid", "transpose", "transpose"
     ]  # fmt: skip
+
+
+def test_where_one_kernel_is_not_the_fastest(backend):
+    tiny, large = (
+        Convolution(normal(0, 4, 1, 3, 3), (6, 6), groups=4),
+        Convolution(normal(1, 20, 30, 3, 3), (40, 40)),
+    )
+    for operator in (tiny, large):
+        assert Solver("spectral").prepare(operator, backend).factor.map.in_one is None
 
 
 def test_registered_functions_have_no_kernel():
