@@ -48,8 +48,8 @@ class Backend(abc.ABC):
         """Return a tensor that is kept, as an array of the library."""
 
     @abc.abstractmethod
-    def run(self, function: Callable[[Any], Any], x: Tensor) -> Tensor:
-        """Return what a function of arrays makes of a tensor, on the tensor's device."""
+    def run(self, function: Callable[..., Any], x: Tensor, *others: Tensor | None) -> Tensor:
+        """Return what a function of arrays makes of tensors, on the first one's device."""
 
     @abc.abstractmethod
     def batch_last(self, x: Any) -> Any:
@@ -82,8 +82,8 @@ class TorchBackend(Backend):
     def constant(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def run(self, function: Callable[[Any], Any], x: Tensor) -> Tensor:
-        return function(x)
+    def run(self, function: Callable[..., Any], x: Tensor, *others: Tensor | None) -> Tensor:
+        return function(x, *others)
 
     def batch_last(self, x: Tensor) -> Tensor:
         n, groups, channels, *size = x.shape
@@ -153,13 +153,14 @@ class CupyBackend(Backend):
         return self._cupy.from_dlpack(tensor.detach())
 
     @torch.compiler.disable
-    def run(self, function: Callable[[Any], Any], x: Tensor) -> Tensor:
+    def run(self, function: Callable[..., Any], x: Tensor, *others: Tensor | None) -> Tensor:
         cuda, device = self._cupy.cuda, x.device.index
         stream = torch.cuda.current_stream(x.device).cuda_stream
         # torch's memory: what one of the two has freed, the other can have.
         memory = cuda.using_allocator(self._memory.malloc)
         with cuda.Device(device), cuda.ExternalStream(stream, device), memory:
-            return torch.from_dlpack(function(self._cupy.from_dlpack(x.detach())))
+            arrays = (t if t is None else self._cupy.from_dlpack(t.detach()) for t in (x, *others))
+            return torch.from_dlpack(function(*arrays))
 
     def batch_last(self, x: Any) -> Any:
         return self._cupy.ascontiguousarray(x.transpose(1, *range(3, x.ndim), 2, 0))

@@ -32,7 +32,7 @@ Form = Literal["matrix", "dft", "fft"]
 _CHUNK = 1 << 22
 """Matrix entries that are made at a time, and bound on those of a temporary."""
 
-_CACHED = 1 << 19
+_CACHED = 1 << 20
 """Entries of an image stack that a thread transforms at a time: they should stay in the cache."""
 
 _AT_ONCE = 1 << 28
@@ -198,23 +198,41 @@ class FourierMap:
                 return kernels.circular_map(self.in_one, source, minus, plus).view(shape)
             if minus is not None and self.form == "fft" and len(self.grid.size) == 2:
                 source, minus = kernels.residual_on_grid(source, minus, self.grid.size), None
-        if minus is not None:
-            source = source - minus
-        result = self.backend.run(self._apply, source)
-        return result if plus is None else plus + result
+        return self.backend.run(self._apply, source, minus, plus)
 
-    def _apply(self, x: Any) -> Any:
+    def _apply(self, source: Any, minus: Any, plus: Any) -> Any:
+        """Apply the map to parts of the batch, so that what is between the steps stays in caches."""
+        entries = math.prod(self.grid.size) * self.groups * max(self.rows, self.columns)
+        n = source.shape[0]
+        most = n if self.form == "matrix" else self._samples_at_once(entries)
+        most = -(-n // -(-n // most)) if n else 1  # parts of one size
+        in_place = plus is not None and n > most and not _recorded(source, minus, plus)
+        whole = torch.empty_like(plus) if in_place else None
+        parts = []
+        for i in range(0, max(n, 1), most):
+            x, y, z = (t if t is None or n <= most else t[i : i + most, ...]
+                       for t in (source, minus, plus))  # fmt: skip
+            result = self._by_form(x if y is None else self._residual(x, y))
+            if whole is not None:
+                torch.add(z, result, out=whole[i : i + most])
+            else:
+                parts.append(result if z is None else z + result)
+        return _join(self.backend.namespace, parts, axis=0) if whole is None else whole
+
+    def _residual(self, target: Any, output: Any) -> Any:
+        """Return `target - output`; for fast transforms, if autograd does not record, on the grid."""
+        grid = self.grid
+        if self.form != "fft" or grid.size == grid.source or _recorded(target, output):
+            return target - output
+        padded = target.new_zeros(*target.shape[:3], *grid.size)
+        torch.sub(target, output, out=padded[(..., *map(slice, grid.source))])
+        return padded
+
+    def _by_form(self, x: Any) -> Any:
         xp = self.backend.namespace
         if self.form == "matrix":
             return self._by_matrix(xp, x)
-        apply = self._by_dft if self.form == "dft" else self._by_fft
-        entries = math.prod(self.grid.size) * self.groups * max(self.rows, self.columns)
-        most = self._samples_at_once(entries)
-        if x.shape[0] <= most:
-            return apply(xp, x)
-        most = -(-x.shape[0] // -(-x.shape[0] // most))  # parts of one size
-        parts = [apply(xp, x[i : i + most, ...]) for i in range(0, x.shape[0], most)]
-        return xp.concat(parts, axis=0)
+        return self._by_dft(xp, x) if self.form == "dft" else self._by_fft(xp, x)
 
     def _samples_at_once(self, entries: int) -> int:
         """Return how many samples of so many entries go through together."""
@@ -397,6 +415,15 @@ def _times(matrices: Any, x: Any) -> Any:
     if matrices.shape[0] > 1:
         return matrices @ x
     return (matrices[0, ...] @ x[0, ...])[None, ...]
+
+
+def _recorded(*arrays: Any) -> bool:
+    """Tell whether a result may not be written in place: autograd records, or torch is not it."""
+    return torch.compiler.is_compiling() or any(
+        not isinstance(a, Tensor) or (a.requires_grad and torch.is_grad_enabled())
+        for a in arrays
+        if a is not None
+    )
 
 
 def _join(xp: Namespace, parts: list[Any], axis: int) -> Any:

@@ -35,8 +35,9 @@ class NumpyBackend(Backend):
     def constant(self, tensor):
         return tensor.numpy()
 
-    def run(self, function, x):
-        return torch.tensor(function(np.from_dlpack(x)))
+    def run(self, function, *tensors):
+        arrays = (None if t is None else np.from_dlpack(t) for t in tensors)
+        return torch.tensor(function(*arrays))
 
     def batch_last(self, x):
         return np.moveaxis(x, (0, 2), (-1, -2))
