@@ -201,7 +201,7 @@ class FourierMap:
         return self.backend.run(self._apply, source, minus, plus)
 
     def _apply(self, source: Any, minus: Any, plus: Any) -> Any:
-        """Apply the map to parts of the batch, so that what is between the steps stays in caches."""
+        """Apply the map to parts of the batch: what is between the steps stays in caches."""
         entries = math.prod(self.grid.size) * self.groups * max(self.rows, self.columns)
         n = source.shape[0]
         most = n if self.form == "matrix" else self._samples_at_once(entries)
@@ -220,7 +220,7 @@ class FourierMap:
         return _join(self.backend.namespace, parts, axis=0) if whole is None else whole
 
     def _residual(self, target: Any, output: Any) -> Any:
-        """Return `target - output`; for fast transforms, if autograd does not record, on the grid."""
+        """Return `target - output`; for fast transforms on the grid, where that may be done."""
         grid = self.grid
         if self.form != "fft" or grid.size == grid.source or _recorded(target, output):
             return target - output

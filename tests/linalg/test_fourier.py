@@ -140,6 +140,37 @@ def test_chunks_change_nothing(form, memory, backend, problem, seed):
     assert np.abs(found.numpy() - expected).max() < 1e-12 * (1 + np.abs(expected).max())
 
 
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize("form", FORMS)
+@given(problem=problems(), seed=seeds)
+def test_from_target_and_output_to_the_sum(form, parts, backend, problem, seed):
+    made = make(problem, form=form, backend=backend)
+    target, output = (image_for(problem, seed + i, 5) for i in range(2))
+    expected = dense_product(problem, (target - output).numpy())
+    plus = normal(seed + 2, *expected.shape)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_CHUNK", 7), ("_CACHED", 1), ("_LEAST_BATCH", 2)) if parts else ():
+            patch.setattr(fourier, name, value)
+        found = made(target, output, plus)
+        alone = made(target, output)
+    scale = 1 + np.abs(expected).max()
+    assert np.abs(found.numpy() - expected - plus.numpy()).max() < 1e-12 * scale
+    assert np.abs(alone.numpy() - expected).max() < 1e-12 * scale
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_flow_through_it(form, parts, monkeypatch):
+    if parts:
+        monkeypatch.setattr(fourier, "_CACHED", 1)
+        monkeypatch.setattr(fourier, "_LEAST_BATCH", 2)
+    problem = Grid((5, 4), (4, 3), (5, 2)), [(0, 0), (1, 2)], normal(0, 2, 1, 3, 2)
+    made = make(problem, form=form)
+    given = [image_for(problem, i, 3) for i in range(2)] + [normal(2, 3, 1, 3, 5, 2)]
+    assert torch.autograd.gradcheck(made, [t.requires_grad_() for t in given])
+
+
 @pytest.mark.parametrize("layout", ["expanded", "channels last", "strided"])
 @pytest.mark.parametrize("form", FORMS)
 def test_sources_of_any_layout(form, layout):
