@@ -40,8 +40,9 @@ def invert(
             input), or the name of a node as torchvision's feature extraction spells it.
             `frfx.layers(model)` lists both.
         policy: ``"paper"``, ``"minimal"``, or a value of `frfx.policy`.
-        backend: What applies the solvers of convolutions: ``"torch"``, on the device of the model;
-            ``"cupy"``, on its GPU; ``"auto"`` is torch.
+        backend: What runs the inverse: ``"torch"``, on the device of the model; ``"cupy"``, which
+            also applies the solvers of convolutions with CuPy, on its GPU; ``"auto"``, torch, and
+            on a GPU, where CuPy is installed, kernels for what torch takes many for.
         example_input: A batch. Not needed, except for models that symbolic tracing cannot follow,
             or gets wrong, and `torch.export` can; if it is given, everything that depends on the
             image size is made ready at once.

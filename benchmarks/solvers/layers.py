@@ -143,7 +143,7 @@ BACKENDS = ("auto", "torch", "cupy")
 
 
 def on_gpu(layer: Layer, watch: Stopwatch, rates: Rates) -> dict[str, Any]:
-    """Return the row of a layer on a GPU, in microseconds of a CUDA graph but for "eager".
+    """Return the row of a layer on a GPU, in microseconds: of a CUDA graph, and as called, "eager".
 
     What iterates has the time of one application of its model there, for a graph holds all the
     steps that there may be; its own is under "eager".
@@ -155,10 +155,13 @@ def on_gpu(layer: Layer, watch: Stopwatch, rates: Rates) -> dict[str, Any]:
     for name in BACKENDS:
         factors[name] = once.prepare(operator, get_backend(name))
     functions = {name: problem.solve(factor) for name, factor in factors.items()}
+    called = {**functions, "auto": problem.solve(chosen)}
+    samples = literal_samples(operator)
+    if samples:
+        called["literal"] = literal(operator, problem.x[:samples], problem.target[:samples])
     with torch.no_grad():
         found = watch.captured(functions)
-        eager = watch({name: problem.solve(chosen) for name in ("auto",)})
-        chosen.correct(problem.x, problem.target, problem.output)
+        eager = watch(called)
         row = about(layer, chosen)
     step = watch.captured({"step": problem.step})["step"]
     least, bound = rates.floor(operator, layer.batch)
@@ -173,7 +176,10 @@ def on_gpu(layer: Layer, watch: Stopwatch, rates: Rates) -> dict[str, Any]:
         **{f"{name}_us": 1e3 * found[name] if name in found else None for name in BACKENDS},
         "to_floor": fastest / least if fastest else None,
         "to_step": fastest / step if fastest else None,
-        "eager_us": 1e3 * eager["auto"],
+        **{f"eager_{name}_us": 1e3 * eager[name] for name in BACKENDS},
+        "literal_to_ours": (
+            eager["literal"] * layer.batch / samples / eager["auto"] if samples else None
+        ),
         "factor_mib": chosen.nbytes / 2**20,
     }
 

@@ -133,14 +133,17 @@ def _unpool_small_tiles(
     """Return the nearest image for disjoint windows: their first maximum takes the target."""
     exact = all(axis.complete for axis in axes)
     image = x.new_empty(x.shape, dtype=target.dtype) if exact else x.to(target.dtype, copy=True)
-    waiting = torch.ones_like(target)  # 1 where the maximum is still to come
+    waiting, first = torch.ones_like(target), torch.empty_like(target)
+    high = torch.finfo(target.dtype).max / 2
     entries, places = (taps(frame(each, axes, 0), axes) for each in (x, image))
     for entry, place in zip(entries, places, strict=True):
-        value = entry.to(target.dtype).contiguous()
+        value = entry.to(target.dtype).clone(memory_format=torch.contiguous_format)
         with torch.no_grad():
-            first = value.clone().eq_(output).mul_(waiting)
+            torch.eq(value, output, out=first)
+            first *= waiting  # 1 at the maximum, if it has not come before
             waiting -= first
-        place.copy_(torch.minimum(value, target) * (1 - first) + target * first)
+        # The target is the least at the first maximum, which is raised above it.
+        place.copy_(torch.minimum(value.add_(first, alpha=high), target))
     return image
 
 

@@ -143,11 +143,12 @@ def test_a_reconstruction_is_captured_in_a_cuda_graph(backend, policy):
 def test_torch_makes_a_graph_of_it():
     """What docs/solvers.md shows: `torch.cuda.make_graphed_callables`."""
     torch.manual_seed(0)
-    model = networks.build("mnist").cuda().eval().requires_grad_(False)
+    model = networks.build("mnist").cuda().eval()
     x, y = normal(0, 4, 1, 28, 28).float().cuda(), torch.arange(4).cuda()
     inverse = frfx.invert(model, 0)
     inverse(x, y)
-    graphed = torch.cuda.make_graphed_callables(lambda x, y: inverse(x, y), (x, y))
+    with torch.no_grad():
+        graphed = torch.cuda.make_graphed_callables(lambda x, y: inverse(x, y), (x, y))
     x, y = normal(1, 4, 1, 28, 28).float().cuda(), torch.arange(4, 8).cuda()
     assert relative(graphed(x, y).cpu(), inverse(x, y).cpu()) < 1e-5
 
