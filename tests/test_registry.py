@@ -196,6 +196,26 @@ def test_tracing_puts_every_function_back(library):
     assert model.op is here
 
 
+def shifted(x, value=1.0):
+    return (x + value).exp()
+
+
+def test_further_arguments_of_any_name():
+    """Names of our own functions' arguments are no exception."""
+    frfx.register_elementwise(
+        shifted, inverse=lambda y, value=1.0: y.log() - value, range=(0, math.inf)
+    )
+
+    class Net(nn.Module):
+        def forward(self, x):
+            return shifted(torch.tanh(x), value=2.0)
+
+    inverse = frfx.invert(Net(), "tanh")
+    x = torch.randn(3, 4, dtype=torch.float64)
+    target = shifted(torch.randn(3, 4, dtype=torch.float64), 2.0)
+    torch.testing.assert_close(shifted(inverse(x, target), 2.0), target)
+
+
 @pytest.mark.parametrize("kind", [Positional, Keyword])
 def test_function_with_further_arguments(kind):
     """The inverse gets them by name."""

@@ -167,7 +167,9 @@ def on_gpu(layer: Layer, watch: Stopwatch, rates: Rates) -> dict[str, Any]:
     least, bound = rates.floor(operator, layer.batch)
     inner = factors["auto"].factor
     if isinstance(inner, SpectralFactor):
-        row["form"] = "one kernel" if inner.map.in_one else inner.map.form
+        row["form"] = inner.map.form
+        if inner.map.by_kernels is not None:
+            row["form"] = "one kernel" if inner.map.by_kernels.in_one else "kernels"
     fastest = found.get("auto")  # matrices that are made anew at every call cannot be captured
     return {
         **row,

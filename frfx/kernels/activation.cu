@@ -88,6 +88,7 @@ struct Dip {
   }
   template <typename T>
   static __device__ T nearest(T y, T x) {
+    if (!(y - y == 0)) return y;  // NaN, and infinity, which is its own preimage
     const T least = T(F::argmin), far_left = sizeof(T) == 8 ? -750 : -105;
     const T right = root(y, least, (y > 0 ? y : T(0)) + T(0.5), true);
     if (y >= 0) return right;

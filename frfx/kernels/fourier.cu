@@ -1,89 +1,87 @@
-// One matrix a frequency: block-circulant maps of small images in one kernel (Eq. 12-20).
+// One matrix a frequency: block-circulant maps of small images (Eq. 12-20).
 //
-// A block takes one sample and group from the residual to the deviation without leaving shared
-// memory: rows there, columns there, the product, columns back, rows back. The transforms are
-// products with tables. A thread makes four results at once, so that it computes more than it loads.
+// A block takes its images there and back without leaving shared memory: rows there, columns there;
+// columns back, rows back. The transforms are products with tables, and a thread makes four results
+// at once, so that it computes more than it loads. Where a map is small, one kernel does it all, the
+// product between the transforms, too; else the product is a library's, on frequencies first.
 
 template <typename T>
 struct alignas(2 * sizeof(T)) Complex {
   T re, im;
 };
 
-// Four neighbours, which two loads of 16 bytes bring if they are complex in single.
-template <typename V>
-struct alignas(16) Four {
-  V of[4];
+// Neighbours, which loads of 16 bytes bring.
+template <typename V, int n>
+struct alignas(16) Neighbours {
+  V of[n];
 };
 
-// sum_k values[k * stride] * weights[k][0..3], where the weights are rows of a padded table.
 template <typename T>
-__device__ void four_sums(const Complex<T>* values, int stride,
-                          const Four<Complex<T>>* __restrict__ weights, int width, int terms,
-                          Complex<T> sums[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sums[i] = {0, 0};
-#pragma unroll 4
-  for (int k = 0; k < terms; ++k) {
-    const Complex<T> value = values[k * stride];
-    const Four<Complex<T>> weight = weights[k * width];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[i].re += value.re * weight.of[i].re - value.im * weight.of[i].im;
-      sums[i].im += value.re * weight.of[i].im + value.im * weight.of[i].re;
-    }
-  }
+__device__ void add_product(Complex<T>& sum, const Complex<T>& a, const Complex<T>& b) {
+  sum.re += a.re * b.re - a.im * b.im;
+  sum.im += a.re * b.im + a.im * b.re;
 }
 
-// The tables: columns there (source_h, height up to a multiple of 4), columns back (height, result_h
-// up to a multiple of 4), rows there (source_w, half), rows back (half, result_w). The matrices are
-// (groups, rows, columns, height, half): c' are the rows, c the columns.
+// A grid and the corners of it that source and result lie in.
+struct Plane {
+  int height, half, source_h, source_w, result_h, result_w;
+  // Columns make pairs of results, u and u + height / 2, from sums over even and odd terms.
+  __device__ bool splits() const { return height % 2 == 0; }
+  __device__ int near(int results) const {
+    return splits() && results > height / 2 ? height / 2 : results;
+  }
+  __device__ int neighbours() const { return splits() ? 2 : 4; }
+  __device__ int wide(int results) const {  // how many threads make a column
+    return (near(results) + neighbours() - 1) / neighbours();
+  }
+};
+
+#define PLANE_PARAMETERS                                                                       \
+  long long height_, long long width_, long long source_h_, long long source_w_,               \
+      long long result_h_, long long result_w_
+#define PLANE                                                                                  \
+  { int(height_), int(width_) / 2 + 1, int(source_h_), int(source_w_), int(result_h_), int(result_w_) }
+
+// The tables: columns there (source_h, .), columns back (height, .), both filled up to a multiple of
+// the neighbours; rows there (source_w, half), rows back (half, result_w).
 template <typename T>
-__global__ void __launch_bounds__(512)
-    circular_map(const T* __restrict__ source, const T* __restrict__ minus,
-                 const T* __restrict__ plus, const T* __restrict__ matrices_,
-                 const T* __restrict__ tables_, T* __restrict__ result, long long groups_,
-                 long long rows_, long long columns_, long long height_, long long width_,
-                 long long source_h_, long long source_w_, long long result_h_,
-                 long long result_w_, long long first_) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  const int groups = int(groups_), rows = int(rows_), columns = int(columns_);
-  const int height = int(height_), half = int(width_) / 2 + 1;
-  const int source_h = int(source_h_), source_w = int(source_w_);
-  const int result_h = int(result_h_), result_w = int(result_w_);
-  const int height4 = (height + 3) / 4, result4 = (result_h + 3) / 4;
-  const int lines = columns * source_h, lines4 = (lines + 3) / 4;
-  const int frequencies = height * half, lines_back = rows * result_h;
-  const int thread = threadIdx.x, threads = blockDim.x;
+struct Tables {
+  const Complex<T>*columns_there, *columns_back, *rows_there, *rows_back;
+  __device__ Tables(const T* tables, const Plane& plane) {
+    columns_there = (const Complex<T>*)tables;
+    const int n = plane.neighbours();
+    columns_back = columns_there + plane.source_h * plane.wide(plane.height) * n;
+    rows_there = columns_back + plane.height * plane.wide(plane.result_h) * n;
+    rows_back = rows_there + plane.source_w * plane.half;
+  }
+};
 
-  const Four<Complex<T>>* columns_there = (const Four<Complex<T>>*)tables_;
-  const Four<Complex<T>>* columns_back = columns_there + source_h * height4;
-  const Complex<T>* rows_there = (const Complex<T>*)(columns_back + height * result4);
-  const Complex<T>* rows_back = rows_there + source_w * half;
-  Complex<T>* even = (Complex<T>*)memory;  // what steps 1 and 3 write
-  Complex<T>* odd = even + first_;         // what steps 0, 2 and 4 write
-  T* residual = (T*)odd;                   // transposed: (source_w, lines up to a multiple of 4)
-
-  // Step 0: the residual.
-  const long long sample = blockIdx.x;  // of a group
-  source += sample * lines * source_w;
-  if (minus) minus += sample * lines * source_w;
+// The residual of some lines, transposed: (source_w, lines up to a multiple of 4).
+template <typename T>
+__device__ void load_residual(const T* __restrict__ source, const T* __restrict__ minus,
+                              T* residual, int lines, int source_w) {
+  const int lines4 = (lines + 3) / 4 * 4;
 #pragma unroll 4
-  for (int i = thread; i < 4 * lines4 * source_w; i += threads) {
+  for (int i = threadIdx.x; i < lines4 * source_w; i += blockDim.x) {
     const int line = i / source_w, at = i - line * source_w;
     const bool inside = line < lines;
     const T taken = inside && minus ? minus[i] : T(0);
-    residual[at * 4 * lines4 + line] = inside ? source[i] - taken : T(0);
+    residual[at * lines4 + line] = inside ? source[i] - taken : T(0);
   }
-  __syncthreads();
+}
 
-  // Step 1: rows there.
-  for (int i = thread; i < lines4 * half; i += threads) {
+// Lines to half spectra: (lines, half).
+template <typename T>
+__device__ void rows_there(const T* residual, Complex<T>* to, int lines, const Plane& plane,
+                           const Complex<T>* __restrict__ table) {
+  const int lines4 = (lines + 3) / 4, half = plane.half;
+  for (int i = threadIdx.x; i < lines4 * half; i += blockDim.x) {
     const int quad = i / half, v = i - quad * half;
     Complex<T> sums[4] = {};
 #pragma unroll 4
-    for (int at = 0; at < source_w; ++at) {
-      const Complex<T> weight = rows_there[at * half + v];
-      const Four<T> values = ((const Four<T>*)residual)[at * lines4 + quad];
+    for (int at = 0; at < plane.source_w; ++at) {
+      const Complex<T> weight = table[at * half + v];
+      const Neighbours<T, 4> values = ((const Neighbours<T, 4>*)residual)[at * lines4 + quad];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         sums[k].re += values.of[k] * weight.re;
@@ -92,27 +90,120 @@ __global__ void __launch_bounds__(512)
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (4 * quad + k < lines) even[(4 * quad + k) * half + v] = sums[k];
+      if (4 * quad + k < lines) to[(4 * quad + k) * half + v] = sums[k];
   }
-  __syncthreads();
+}
 
-  // Step 2: columns there.
-  for (int i = thread; i < columns * height4 * half; i += threads) {
+// Along columns, there or back: (images, terms, half) to (images, results, half).
+template <typename T>
+__device__ void along_columns(const Complex<T>* from, Complex<T>* to, int images, int terms,
+                              int results, const Plane& plane,
+                              const Complex<T>* __restrict__ table) {
+  const int half = plane.half, near = plane.near(results), wide = plane.wide(results);
+  for (int i = threadIdx.x; i < images * wide * half; i += blockDim.x) {
     const int line = i / half, v = i - line * half;
-    const int c = line / height4, quad = line - c * height4;
-    Complex<T> sums[4];
-    four_sums(even + c * source_h * half + v, half, columns_there + quad, height4, source_h, sums);
+    const int image = line / wide, at = line - image * wide;
+    const Complex<T>* values = from + image * terms * half + v;
+    Complex<T>* found = to + image * results * half + v;
+    if (plane.splits()) {
+      const Neighbours<Complex<T>, 2>* weights = (const Neighbours<Complex<T>, 2>*)table + at;
+      Complex<T> even[2] = {}, odd[2] = {};
+#pragma unroll 4
+      for (int k = 0; k < terms; k += 2) {
+        const Complex<T> value = values[k * half];
+        const Neighbours<Complex<T>, 2> weight = weights[k * wide];
+        add_product(even[0], value, weight.of[0]);
+        add_product(even[1], value, weight.of[1]);
+        if (k + 1 < terms) {
+          const Complex<T> next = values[(k + 1) * half];
+          const Neighbours<Complex<T>, 2> after = weights[(k + 1) * wide];
+          add_product(odd[0], next, after.of[0]);
+          add_product(odd[1], next, after.of[1]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int u = 2 * at + k, other = u + plane.height / 2;
+        if (u >= near) continue;
+        found[u * half] = {even[k].re + odd[k].re, even[k].im + odd[k].im};
+        if (other < results)
+          found[other * half] = {even[k].re - odd[k].re, even[k].im - odd[k].im};
+      }
+    } else {
+      const Neighbours<Complex<T>, 4>* weights = (const Neighbours<Complex<T>, 4>*)table + at;
+      Complex<T> sums[4] = {};
+#pragma unroll 4
+      for (int k = 0; k < terms; ++k) {
+        const Complex<T> value = values[k * half];
+        const Neighbours<Complex<T>, 4> weight = weights[k * wide];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) add_product(sums[j], value, weight.of[j]);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (4 * at + k < results) found[(4 * at + k) * half] = sums[k];
+    }
+  }
+}
+
+// Half spectra to lines, and the sum.
+template <typename T>
+__device__ void rows_back(const Complex<T>* from, const T* __restrict__ plus,
+                          T* __restrict__ result, int lines, const Plane& plane,
+                          const Complex<T>* __restrict__ table) {
+  const int half = plane.half, width = plane.result_w;
+  for (int i = threadIdx.x; i < (lines + 3) / 4 * width; i += blockDim.x) {
+    const int quad = i / width, q = i - quad * width;
+    const int there = lines - 4 * quad < 4 ? lines - 4 * quad : 4;
+    T sums[4] = {};
+    if (plus) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (k < there) sums[k] = plus[(4 * quad + k) * width + q];
+    }
+#pragma unroll 4
+    for (int v = 0; v < half; ++v) {
+      const Complex<T> weight = table[v * width + q];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const Complex<T> value = from[(4 * quad + (k < there ? k : there - 1)) * half + v];
+        sums[k] += value.re * weight.re - value.im * weight.im;
+      }
+    }
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (4 * quad + k < height) odd[(c * height + 4 * quad + k) * half + v] = sums[k];
+      if (k < there) result[(4 * quad + k) * width + q] = sums[k];
   }
+}
+
+// A whole map: a block has one sample and group. The matrices are (groups, rows, columns, height,
+// half): c' are the rows, c the columns.
+template <typename T>
+__global__ void __launch_bounds__(512)
+    circular_map(const T* __restrict__ source, const T* __restrict__ minus,
+                 const T* __restrict__ plus, const T* __restrict__ matrices_,
+                 const T* __restrict__ tables_, T* __restrict__ result, long long groups,
+                 long long rows_, long long columns_, PLANE_PARAMETERS, long long first) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const Plane plane = PLANE;
+  const Tables<T> tables(tables_, plane);
+  const int rows = int(rows_), columns = int(columns_), frequencies = plane.height * plane.half;
+  const int lines = columns * plane.source_h, lines_back = rows * plane.result_h;
+  Complex<T>* even = (Complex<T>*)memory;
+  Complex<T>* odd = even + first;
+
+  const long long sample = blockIdx.x;  // of a group
+  const long long there = sample * lines * plane.source_w;
+  load_residual(source + there, minus ? minus + there : nullptr, (T*)odd, lines, plane.source_w);
+  __syncthreads();
+  rows_there((const T*)odd, even, lines, plane, tables.rows_there);
+  __syncthreads();
+  along_columns(even, odd, columns, plane.source_h, plane.height, plane, tables.columns_there);
   __syncthreads();
 
-  // Step 3: the product.
   const Complex<T>* matrices = (const Complex<T>*)matrices_ +
                                (sample % groups) * rows * columns * (long long)frequencies;
-  const int rows4 = (rows + 3) / 4;
-  for (int i = thread; i < rows4 * frequencies; i += threads) {
+  for (int i = threadIdx.x; i < (rows + 3) / 4 * frequencies; i += blockDim.x) {
     const int quad = i / frequencies, f = i - quad * frequencies;
     Complex<T> sums[4] = {};
 #pragma unroll 4
@@ -121,9 +212,7 @@ __global__ void __launch_bounds__(512)
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int row = 4 * quad + k < rows ? 4 * quad + k : rows - 1;
-        const Complex<T> m = matrices[(row * columns + c) * (long long)frequencies + f];
-        sums[k].re += value.re * m.re - value.im * m.im;
-        sums[k].im += value.re * m.im + value.im * m.re;
+        add_product(sums[k], value, matrices[(row * columns + c) * (long long)frequencies + f]);
       }
     }
 #pragma unroll
@@ -132,43 +221,67 @@ __global__ void __launch_bounds__(512)
   }
   __syncthreads();
 
-  // Step 4: columns back.
-  for (int i = thread; i < rows * result4 * half; i += threads) {
-    const int line = i / half, v = i - line * half;
-    const int c = line / result4, quad = line - c * result4;
-    Complex<T> sums[4];
-    four_sums(even + c * frequencies + v, half, columns_back + quad, result4, height, sums);
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      if (4 * quad + k < result_h) odd[(c * result_h + 4 * quad + k) * half + v] = sums[k];
+  along_columns(even, odd, rows, plane.height, plane.result_h, plane, tables.columns_back);
+  __syncthreads();
+  const long long back = sample * lines_back * plane.result_w;
+  rows_back(odd, plus ? plus + back : nullptr, result + back, lines_back, plane, tables.rows_back);
+}
+
+// The spectra of some images a block, frequencies first: (height, half, images).
+template <typename T>
+__global__ void __launch_bounds__(512)
+    spectra(const T* __restrict__ source, const T* __restrict__ minus,
+            const T* __restrict__ tables_, T* __restrict__ result_, long long images,
+            long long a_block, PLANE_PARAMETERS, long long first) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const Plane plane = PLANE;
+  const Tables<T> tables(tables_, plane);
+  const long long start = blockIdx.x * a_block;
+  const int count = int(images - start < a_block ? images - start : a_block);
+  const int lines = count * plane.source_h, frequencies = plane.height * plane.half;
+  Complex<T>* even = (Complex<T>*)memory;
+  Complex<T>* odd = even + first;
+  Complex<T>* result = (Complex<T>*)result_ + start;
+
+  const long long there = start * plane.source_h * plane.source_w;
+  load_residual(source + there, minus ? minus + there : nullptr, (T*)odd, lines, plane.source_w);
+  __syncthreads();
+  rows_there((const T*)odd, even, lines, plane, tables.rows_there);
+  __syncthreads();
+  along_columns(even, odd, count, plane.source_h, plane.height, plane, tables.columns_there);
+  __syncthreads();
+  for (int i = threadIdx.x; i < frequencies * int(a_block); i += blockDim.x) {
+    const int f = i / int(a_block), image = i - f * int(a_block);
+    if (image < count) result[f * images + image] = odd[image * frequencies + f];
+  }
+}
+
+// The images of spectra, frequencies first, and the sum.
+template <typename T>
+__global__ void __launch_bounds__(512)
+    images_of(const T* __restrict__ spectra_, const T* __restrict__ plus,
+              const T* __restrict__ tables_, T* __restrict__ result, long long images,
+              long long a_block, PLANE_PARAMETERS, long long first) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const Plane plane = PLANE;
+  const Tables<T> tables(tables_, plane);
+  const long long start = blockIdx.x * a_block;
+  const int count = int(images - start < a_block ? images - start : a_block);
+  const int frequencies = plane.height * plane.half, lines = count * plane.result_h;
+  Complex<T>* even = (Complex<T>*)memory;
+  Complex<T>* odd = even + first;
+  const Complex<T>* spectra = (const Complex<T>*)spectra_ + start;
+
+#pragma unroll 4
+  for (int i = threadIdx.x; i < frequencies * int(a_block); i += blockDim.x) {
+    const int f = i / int(a_block), image = i - f * int(a_block);
+    if (image < count) even[image * frequencies + f] = spectra[f * images + image];
   }
   __syncthreads();
-
-  // Step 5: rows back, and the sum.
-  result += sample * lines_back * result_w;
-  if (plus) plus += sample * lines_back * result_w;
-  for (int i = thread; i < (lines_back + 3) / 4 * result_w; i += threads) {
-    const int quad = i / result_w, q = i - quad * result_w;
-    const int there = lines_back - 4 * quad < 4 ? lines_back - 4 * quad : 4;
-    T sums[4] = {};
-    if (plus) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        if (k < there) sums[k] = plus[(4 * quad + k) * result_w + q];
-    }
-#pragma unroll 4
-    for (int v = 0; v < half; ++v) {
-      const Complex<T> weight = rows_back[v * result_w + q];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const Complex<T> value = odd[(4 * quad + (k < there ? k : there - 1)) * half + v];
-        sums[k] += value.re * weight.re - value.im * weight.im;
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      if (k < there) result[(4 * quad + k) * result_w + q] = sums[k];
-  }
+  along_columns(even, odd, count, plane.height, plane.result_h, plane, tables.columns_back);
+  __syncthreads();
+  const long long back = start * plane.result_h * plane.result_w;
+  rows_back(odd, plus ? plus + back : nullptr, result + back, lines, plane, tables.rows_back);
 }
 
 // A matrix of complex numbers, transposed in tiles of 32 by 32.

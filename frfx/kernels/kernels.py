@@ -1,110 +1,20 @@
-"""The kernels as functions of tensors, and what launches them."""
+"""The kernels as functions of tensors."""
 
 from __future__ import annotations
 
-import functools
-import importlib.resources
-import math
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-SOURCES = ("label", "activation", "max_pool", "fourier")
-"""The files of this folder, `.cu`."""
+from frfx.kernels.launch import Launcher
+from frfx.kernels.plane import CircularMap, Plane, threads_for
+from frfx.recording import is_recorded
 
 TYPES = {torch.float32: "float", torch.float64: "double"}
 
 _THREADS = 256
 _MOST_BLOCKS = 1 << 16
-
-_LATENCY = 128
-"""How many threads more a turn of a block might have had in the time that it waits for memory."""
-
-
-class Launcher(Protocol):
-    """Runs a kernel.
-
-    Attributes:
-        device_type: Where its tensors lie, as torch calls it.
-        shared_memory: How many bytes of shared memory a block may have.
-    """
-
-    device_type: str
-    shared_memory: int
-
-    def __call__(
-        self,
-        name: str,
-        device: torch.device,
-        blocks: int,
-        threads: int,
-        arguments: tuple[int | float, ...],
-        shared: int = 0,
-    ) -> None:
-        """Launch the instance of a template, such as ``"unpool<float, true>"``.
-
-        Args:
-            name: The instance.
-            device: Of the tensors.
-            blocks: How many blocks of threads.
-            threads: How many threads a block has.
-            arguments: Addresses and numbers, which the kernels take as `long long` and `double`.
-            shared: Bytes of shared memory a block.
-        """
-
-
-class CupyLauncher:
-    """Compiles kernels with CuPy, and launches them on torch's current stream.
-
-    Args:
-        cupy: The module.
-    """
-
-    device_type = "cuda"
-
-    def __init__(self, cupy: Any) -> None:
-        self._cupy = cupy
-        self._kernels: dict[tuple[str, int], Any] = {}
-        self._streams: dict[tuple[int, int], Any] = {}
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        self.shared_memory = properties.shared_memory_per_block_optin
-
-    def __call__(
-        self,
-        name: str,
-        device: torch.device,
-        blocks: int,
-        threads: int,
-        arguments: tuple[int | float, ...],
-        shared: int = 0,
-    ) -> None:
-        """Launch the instance of a template."""
-        index = torch.cuda.current_device() if device.index is None else device.index
-        pointer = torch.cuda.current_stream(device).cuda_stream
-        if (pointer, index) not in self._streams:
-            self._streams[pointer, index] = self._cupy.cuda.ExternalStream(pointer, index)
-        with torch.cuda.device(index):
-            if (name, index) not in self._kernels:
-                self._kernels[name, index] = self._compile(name)
-            kernel, stream = self._kernels[name, index], self._streams[pointer, index]
-            kernel((blocks,), (threads,), arguments, shared_mem=shared, stream=stream)
-
-    def _compile(self, name: str) -> Any:
-        module = self._cupy.RawModule(
-            code=source(), options=("-std=c++17",), name_expressions=(name,)
-        )
-        kernel = module.get_function(name)
-        kernel.max_dynamic_shared_size_bytes = self.shared_memory
-        return kernel
-
-
-@functools.cache
-def source() -> str:
-    """Return the source of all kernels."""
-    folder = importlib.resources.files(__package__)
-    return "\n".join((folder / f"{name}.cu").read_text() for name in SOURCES)
 
 
 @dataclass(frozen=True)
@@ -123,122 +33,6 @@ class Windows:
         return self.size, self.count, self.kernel, self.stride, self.padding, self.dilation
 
 
-@dataclass(frozen=True)
-class CircularMap:
-    """A block-circulant map of images, made ready for the kernel.
-
-    Attributes:
-        groups, rows, columns: G, c' and c.
-        size: Height and width of the grid.
-        source: Those of the source.
-        result: Those of the result.
-        matrices: Shape (G, c', c, F), complex, with F = height * (width // 2 + 1).
-        tables: The four tables of transforms, one after the other, complex.
-    """
-
-    groups: int
-    rows: int
-    columns: int
-    size: tuple[int, int]
-    source: tuple[int, int]
-    result: tuple[int, int]
-    matrices: Tensor
-    tables: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        size: tuple[int, int],
-        source: tuple[int, int],
-        result: tuple[int, int],
-        matrices: Tensor,
-    ) -> CircularMap:
-        """Make the tables for a grid.
-
-        Args:
-            size: Height and width of the grid.
-            source: Those of the source, at the grid's origin.
-            result: Those of the result, likewise.
-            matrices: The matrices at the frequencies of the half spectrum (G, F, c', c), complex,
-                over the size of the grid.
-        """
-        groups, _, rows, columns = matrices.shape
-        height, width = size
-        half = width // 2 + 1
-        frequency = torch.arange(half)
-        twice = torch.where((frequency == 0) | (2 * frequency == width), 1.0, 2.0)
-        tables = (
-            _padded(_powers(source[0], height, height, -1)),
-            _padded(_powers(height, result[0], height, 1)),
-            _powers(source[1], half, width, -1),
-            _powers(half, result[1], width, 1) * twice[:, None],
-        )
-        return cls(
-            groups,
-            rows,
-            columns,
-            size,
-            source,
-            result,
-            matrices.permute(0, 2, 3, 1).contiguous(),
-            torch.cat([table.flatten() for table in tables]).to(matrices),
-        )
-
-    @property
-    def buffers(self) -> tuple[int, int]:
-        """How many complex numbers a block keeps of the even steps, and of the odd ones."""
-        height, half = self.size[0], self.size[1] // 2 + 1
-        lines = self.columns * self.source[0]
-        residual = -(-lines // 4) * 4 * self.source[1]
-        even = max(lines * half, self.rows * height * half)
-        odd = max(
-            -(-residual // 2), self.columns * height * half, self.rows * self.result[0] * half
-        )
-        return even + even % 2, odd + odd % 2
-
-    @property
-    def shared(self) -> int:
-        """The shared memory that a block needs, in bytes."""
-        return sum(self.buffers) * self.matrices.element_size()
-
-    @functools.cached_property
-    def threads(self) -> int:
-        """How many threads a block should have: few are idle in any step, or wait alone."""
-        height, half = self.size[0], self.size[1] // 2 + 1
-        quads = [-(-n // 4) for n in (self.columns * self.source[0], height, self.rows,
-                                      self.result[0], self.rows * self.result[0])]  # fmt: skip
-        steps = (  # how many times four results there are to make, and of how many terms each
-            (quads[0] * half, self.source[1]),
-            (self.columns * quads[1] * half, self.source[0]),
-            (quads[2] * height * half, self.columns),
-            (self.rows * quads[3] * half, height),
-            (quads[4] * self.result[1], half),
-        )
-
-        def cost(threads: int) -> int:
-            turns = sum(-(-count // threads) * terms for count, terms in steps)
-            return turns * (threads + _LATENCY)
-
-        return min(range(64, 513, 32), key=cost)
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that matrices and tables hold, in bytes."""
-        return sum(t.numel() * t.element_size() for t in (self.matrices, self.tables))
-
-
-def _powers(rows: int, columns: int, n: int, sign: int) -> Tensor:
-    """Return `exp(sign 2 pi i r c / n)`, complex128."""
-    turns = torch.outer(torch.arange(rows), torch.arange(columns)) % n
-    angle = sign * 2 * math.pi / n * turns.double()
-    return torch.polar(torch.ones_like(angle), angle)
-
-
-def _padded(table: Tensor) -> Tensor:
-    """Return a table with its columns filled up to a multiple of four."""
-    return torch.nn.functional.pad(table, (0, -table.shape[1] % 4))
-
-
 class Kernels:
     """The kernels, as functions of tensors.
 
@@ -255,20 +49,20 @@ class Kernels:
         return self._launch.device_type
 
     def serve(self, *tensors: Tensor) -> bool:
-        """Tell whether they can take these tensors: of one type, on their device, no autograd."""
+        """Tell whether they can take these tensors: of one type, on their device, not recorded."""
         first = tensors[0]
         return (
             first.dtype in TYPES
-            and all(
-                t.device.type == self.device_type
-                and t.device == first.device
-                and t.dtype == first.dtype
-                and not (t.requires_grad and torch.is_grad_enabled())
-                for t in tensors
-            )
+            and first.device.type == self.device_type
+            and all(t.device == first.device and t.dtype == first.dtype for t in tensors)
             and first.numel() > 0
-            and not torch.compiler.is_compiling()
+            and not is_recorded(*tensors)
+            and self._launch.works()
         )
+
+    def shared_memory(self, device: torch.device) -> int:
+        """Return how many bytes of shared memory a block may have on a device."""
+        return self._launch.shared_memory(device)
 
     def _each(
         self, name: str, count: int, arguments: tuple[int | float, ...], like: Tensor
@@ -347,28 +141,69 @@ class Kernels:
 
         Args:
             circular: The map.
-            source: Shape (N, G * c, *source), as `minus`.
+            source: Shape (N, G, c, ...), as `minus`; the sizes are the map's.
             minus: What is taken off it.
-            plus: Shape (N, G * c', *result).
+            plus: Shape (N, G, c', ...).
         """
-        given = [None if t is None else t.contiguous() for t in (source, minus, plus)]
+        plane = circular.plane
+        groups, rows, columns, _ = circular.matrices.shape
         n = source.shape[0]
-        result = source.new_empty(n, circular.groups * circular.rows, *circular.result)
-        tensors = (*given, circular.matrices, circular.tables, result)
-        arguments = (
-            *(0 if t is None else t.data_ptr() for t in tensors),
-            circular.groups,
-            circular.rows,
-            circular.columns,
-            *circular.size,
-            *circular.source,
-            *circular.result,
-            circular.buffers[0],
-        )
+        result = source.new_empty(n, groups, rows, *plane.result[2 - (source.ndim - 3) :])
+        kept, addresses = _addresses(source, minus, plus, circular.matrices, plane.tables, result)
+        sizes = (*plane.size, *plane.source, *plane.result, circular.buffers[0])
         name = f"circular_map<{TYPES[source.dtype]}>"
-        blocks = n * circular.groups
+        arguments = (*addresses, groups, rows, columns, *sizes)
+        blocks = n * groups
         self._launch(name, source.device, blocks, circular.threads, arguments, circular.shared)
+        del kept
         return result
+
+    def spectra(self, plane: Plane, a_block: int, source: Tensor, minus: Tensor | None) -> Tensor:
+        """Return the half spectra of `source - minus`, frequencies first.
+
+        Args:
+            plane: The grid.
+            a_block: How many images a block of threads takes.
+            source: Shape (images, h, w), the plane's source; as `minus`.
+            minus: What is taken off it, if it is there.
+
+        Returns:
+            Shape (F, images), complex.
+        """
+        images = source.shape[:-2].numel()
+        frequencies = plane.size[0] * plane.half
+        result = source.new_empty(frequencies, images, dtype=source.dtype.to_complex())
+        kept, addresses = _addresses(source, minus, plane.tables, result)
+        arguments = (*addresses, images, a_block)
+        there, work = plane.there(a_block), plane.work_there(a_block)
+        self._transform("spectra", plane, source, images, a_block, arguments, there, work)
+        del kept
+        return result
+
+    def images_of(self, plane: Plane, a_block: int, spectra: Tensor, plus: Tensor | None) -> Tensor:
+        """Return the images of half spectra (F, images), plus `plus` (images, h, w) if there is."""
+        images = spectra.shape[1]
+        dtype = spectra.dtype.to_real()
+        result = spectra.new_empty(images, *plane.result, dtype=dtype)
+        kept, addresses = _addresses(spectra, plus, plane.tables, result)
+        arguments = (*addresses, images, a_block)
+        back, work = plane.back(a_block), plane.work_back(a_block)
+        self._transform("images_of", plane, result, images, a_block, arguments, back, work)
+        del kept
+        return result
+
+    def _transform(
+        self, name: str, plane: Plane, like: Tensor, images: int, a_block: int,
+        arguments: tuple[int, ...], buffers: tuple[int, int], work: list[tuple[int, int]],
+    ) -> None:  # fmt: skip
+        even = buffers[0] + buffers[0] % 2
+        sizes = (*plane.size, *plane.source, *plane.result, even)
+        shared = (even + buffers[1]) * plane.tables.element_size()
+        blocks = -(-images // a_block)
+        self._launch(
+            f"{name}<{TYPES[like.dtype]}>", like.device, blocks, threads_for(work),
+            (*arguments, *sizes), shared,
+        )  # fmt: skip
 
     def transpose(self, matrix: Tensor) -> Tensor:
         """Return a complex matrix (m, n) as a contiguous one (n, m)."""
@@ -390,3 +225,9 @@ class Kernels:
         arguments = (*addresses, result.numel(), *size, *target.shape[-2:])
         self._each(f"residual_on_grid<{TYPES[target.dtype]}>", result.numel(), arguments, target)
         return result
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+    """Return the tensors, contiguous, to be kept until the launch, and where they lie, or 0."""
+    kept = [None if t is None else t.contiguous() for t in tensors]
+    return kept, [0 if t is None else t.data_ptr() for t in kept]

@@ -20,6 +20,10 @@ struct Axis {
   }
 };
 
+// Whether a value is below its bound, or NaN, which is to be seen.
+template <typename T>
+__device__ bool stays(T value, T bound) { return value < bound || value != value; }
+
 // Windows that share no entry: a thread a window. What no window reads is not written.
 template <typename T, bool minimal>
 __global__ void unpool_tiles(const T* target, const T* x, T* result, long long windows,
@@ -53,7 +57,7 @@ __global__ void unpool_tiles(const T* target, const T* x, T* result, long long w
         const int r = rows.entry(a, p), c = columns.entry(b, q);
         if (r < 0 || c < 0) continue;
         const long long at = start + (long long)r * columns.size + c;
-        result[at] = minimal && at != first && x[at] < wanted ? x[at] : wanted;
+        result[at] = minimal && at != first && stays(x[at], wanted) ? x[at] : wanted;
       }
   }
 }
@@ -81,13 +85,13 @@ __global__ void unpool_bounds(const T* target, const T* x, T* bounds, T* result,
       for (int b = last_b; b >= 0 && columns.reads(b, c); --b) {
         if (!columns.taps(b, c)) continue;
         const T value = wanted[a * columns.count + b];
-        if (!read || value < least) least = value;
+        if (!read || value < least || value != value) least = value;
         read = true;
       }
     }
     const T mine = x[i];
     if (minimal) bounds[i] = read ? least : mine;
-    result[i] = read && !(minimal && mine < least) ? least : mine;
+    result[i] = read && !(minimal && stays(mine, least)) ? least : mine;
   }
 }
 

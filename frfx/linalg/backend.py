@@ -43,6 +43,9 @@ class Backend(abc.ABC):
     namespace: Namespace
     kernels: Kernels | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return get_backend, (self.name,)
+
     @abc.abstractmethod
     def constant(self, tensor: Tensor) -> Any:
         """Return a tensor that is kept, as an array of the library."""
@@ -186,7 +189,7 @@ def get_backend(name: str) -> Backend:
     if name not in BACKENDS:
         known = ", ".join(map(repr, BACKENDS))
         raise BackendError(f"there is no backend {name!r}; there are {known}")
-    if name == "auto" and torch.cuda.is_available():
+    if name == "auto" and torch.cuda.is_available() and not torch.version.hip:
         return _with_kernels()
     return torch_backend
 

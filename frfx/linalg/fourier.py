@@ -23,9 +23,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from frfx.kernels import CircularMap
 from frfx.linalg.backend import Backend, Namespace, torch_backend
+from frfx.linalg.kernel_map import KernelMap
 from frfx.linalg.pseudo_inverse import nbytes
+from frfx.recording import is_recorded
 
 Form = Literal["matrix", "dft", "fft"]
 
@@ -35,7 +36,7 @@ _CHUNK = 1 << 22
 _CACHED = 1 << 20
 """Entries of an image stack that a thread transforms at a time: they should stay in the cache."""
 
-_AT_ONCE = 1 << 28
+_AT_ONCE = 1 << 26
 """The same on a GPU, where it only bounds the memory."""
 
 _LEAST_BATCH = 16
@@ -44,12 +45,6 @@ matrix products."""
 
 _MATRIX_UP_TO = 1 << 21
 """Entries up to which the whole map as one matrix is the fastest on a GPU (docs/solvers.md)."""
-
-_IN_ONE = range(1 << 8, 1 << 17)
-"""How many entries the matrices have where one kernel for the whole map is faster still, ..."""
-
-_IN_ONE_MEMORY = 64 << 10
-"""... and the bytes of shared memory up to which: several blocks then run on a multiprocessor."""
 
 _DFT_UP_TO = 16
 """Largest side of a grid on which transforms as matrix products beat fast ones (see
@@ -108,7 +103,7 @@ class FourierMap:
     Attributes:
         form: The form that was chosen.
         streams: Whether the matrices are made anew at every application.
-        in_one: The map for the kernel that takes it in one; None where that is not the fastest.
+        by_kernels: What applies the map by kernels; None where none are the fastest.
     """
 
     def __init__(
@@ -135,14 +130,24 @@ class FourierMap:
         self.streams = self.form != "matrix" and self._bytes_of(self.form) > memory
         self._tables: tuple[Any, ...] = ()
         self._kept: Any = None
-        self.in_one = self._small()
-        if self.form == "matrix":
-            self._kept = self.backend.constant(self._dense())
-        else:
+        self._ready = False
+        self.by_kernels = KernelMap.of(self)
+        if self.by_kernels is None or self.by_kernels.in_one is None:
+            self._make_ready()
+
+    def _make_ready(self) -> None:
+        """Make what the form applies: a map that a kernel does in one seldom needs it."""
+        if self._ready:
+            return
+        self._ready, constant = True, self.backend.constant
+        with torch.inference_mode(False), torch.no_grad():
             if self.form == "dft":
-                self._tables = tuple(map(self.backend.constant, _dft_tables(grid, dtype, device)))
-            if not self.streams:
-                self._kept = self.backend.constant(self._at(grid.frequencies(self.form), self.form))
+                tables = _dft_tables(self.grid, self.dtype, self.device)
+                self._tables = tuple(map(constant, tables))
+            if self.form == "matrix":
+                self._kept = constant(self._dense())
+            elif not self.streams:
+                self._kept = constant(self.at(self.grid.frequencies(self.form), self.form))
 
     def _bytes_of(self, form: Form) -> int:
         """Return the memory of a form's matrices, in bytes."""
@@ -153,28 +158,11 @@ class FourierMap:
             count, width = math.prod(grid.half(form)), 4 if form == "dft" else 2
         return self.groups * self.rows * self.columns * count * width * self.dtype.itemsize
 
-    def _small(self) -> CircularMap | None:
-        kernels, grid = self.backend.kernels, self.grid
-        if kernels is None or kernels.device_type != self.device.type:
-            return None
-        entries = math.prod(grid.size) * self.rows * self.columns
-        if len(grid.size) > 2 or entries not in _IN_ONE or self.streams:
-            return None
-        sizes = (self._plane(shape) for shape in (grid.size, grid.source, grid.result))
-        found = CircularMap.of(*sizes, self._at(grid.frequencies("fft"), "fft"))
-        return found if found.shared <= _IN_ONE_MEMORY else None
-
-    @staticmethod
-    def _plane(shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return a shape of one or two dimensions as one of two."""
-        height, width = (1, *shape)[-2:]
-        return height, width
-
     @property
     def nbytes(self) -> int:
         """The memory that the map holds, in bytes."""
         kept = [self._kept] if self._kept is not None else []
-        held = 0 if self.in_one is None else self.in_one.nbytes
+        held = 0 if self.by_kernels is None else self.by_kernels.nbytes
         return held + sum(
             array.size * array.itemsize if not isinstance(array, Tensor) else nbytes(array)
             for array in (*self._tables, *kept)
@@ -190,23 +178,17 @@ class FourierMap:
             minus: What is taken off it.
             plus: Shape (N, G, c', *result), as what is returned.
         """
-        given = [t for t in (source, minus, plus) if t is not None]
-        kernels = self.backend.kernels
-        if kernels is not None and source.dtype == self.dtype and kernels.serve(*given):
-            if self.in_one is not None:
-                shape = (source.shape[0], self.groups, self.rows, *self.grid.result)
-                return kernels.circular_map(self.in_one, source, minus, plus).view(shape)
-            if minus is not None and self.form == "fft" and len(self.grid.size) == 2:
-                source, minus = kernels.residual_on_grid(source, minus, self.grid.size), None
+        if self.by_kernels is not None and self.by_kernels.serve(source, minus, plus):
+            return self.by_kernels(source, minus, plus)
         return self.backend.run(self._apply, source, minus, plus)
 
     def _apply(self, source: Any, minus: Any, plus: Any) -> Any:
         """Apply the map to parts of the batch: what is between the steps stays in caches."""
-        entries = math.prod(self.grid.size) * self.groups * max(self.rows, self.columns)
+        self._make_ready()
         n = source.shape[0]
-        most = n if self.form == "matrix" else self._samples_at_once(entries)
+        most = n if self.form == "matrix" else self.samples_at_once()
         most = -(-n // -(-n // most)) if n else 1  # parts of one size
-        in_place = plus is not None and n > most and not _recorded(source, minus, plus)
+        in_place = plus is not None and n > most and not self._recorded(source, minus, plus)
         whole = torch.empty_like(plus) if in_place else None
         parts = []
         for i in range(0, max(n, 1), most):
@@ -222,11 +204,15 @@ class FourierMap:
     def _residual(self, target: Any, output: Any) -> Any:
         """Return `target - output`; for fast transforms on the grid, where that may be done."""
         grid = self.grid
-        if self.form != "fft" or grid.size == grid.source or _recorded(target, output):
+        if self.form != "fft" or grid.size == grid.source or self._recorded(target, output):
             return target - output
         padded = target.new_zeros(*target.shape[:3], *grid.size)
         torch.sub(target, output, out=padded[(..., *map(slice, grid.source))])
         return padded
+
+    def _recorded(self, *arrays: Any) -> bool:
+        """Tell whether nothing may be written in place; other libraries' arrays are not torch's."""
+        return not isinstance(arrays[0], Tensor) or is_recorded(*arrays)
 
     def _by_form(self, x: Any) -> Any:
         xp = self.backend.namespace
@@ -234,8 +220,9 @@ class FourierMap:
             return self._by_matrix(xp, x)
         return self._by_dft(xp, x) if self.form == "dft" else self._by_fft(xp, x)
 
-    def _samples_at_once(self, entries: int) -> int:
-        """Return how many samples of so many entries go through together."""
+    def samples_at_once(self) -> int:
+        """Return how many samples go through together."""
+        entries = math.prod(self.grid.size) * self.groups * max(self.rows, self.columns)
         if self.device.type != "cpu":
             return max(1, _AT_ONCE // entries)
         least = _LEAST_BATCH if self.groups == 1 else 2 * _LEAST_BATCH
@@ -246,7 +233,7 @@ class FourierMap:
 
     # The matrices of a form, for some frequencies.
 
-    def _at(self, frequencies: Tensor, form: Form) -> Tensor:
+    def at(self, frequencies: Tensor, form: Form) -> Tensor:
         """Return the matrices in the layout that a form multiplies with."""
         shape = (self.groups, len(frequencies), self.rows, self.columns)
         real = form == "dft"
@@ -268,7 +255,7 @@ class FourierMap:
                 out[:, part] = values / math.prod(self.grid.size)
         return out
 
-    def _chunks(self) -> Iterator[tuple[slice, Any]]:
+    def chunks(self) -> Iterator[tuple[slice, Any]]:
         """Yield the matrices, all at once if they are kept."""
         if not self.streams:
             yield slice(None), self._kept
@@ -277,7 +264,7 @@ class FourierMap:
         most = max(1, _CHUNK // (self.groups * self.rows * self.columns))
         for start in range(0, len(frequencies), most):
             part = slice(start, start + most)
-            yield part, self.backend.constant(self._at(frequencies[part], self.form))
+            yield part, self.backend.constant(self.at(frequencies[part], self.form))
 
     # The three forms.
 
@@ -305,19 +292,12 @@ class FourierMap:
         spectrum = xp.rfftn(x, s=self.grid.size, axes=axes)
         half = spectrum.shape[3:]
         spectrum = xp.reshape(spectrum, (*spectrum.shape[:3], -1))
-        kernels = self.backend.kernels
         if self.rows == self.columns == 1:
-            parts = [spectrum[:, :, 0, part] * m[:, :, 0, 0] for part, m in self._chunks()]
+            parts = [spectrum[:, :, 0, part] * m[:, :, 0, 0] for part, m in self.chunks()]
             product = _join(xp, parts, axis=2)
-        elif (
-            kernels is not None and self.groups == 1 and isinstance(x, Tensor) and kernels.serve(x)
-        ):
-            spectrum = kernels.transpose(spectrum.flatten(0, 2)).unflatten(1, (x.shape[0], -1))
-            parts = [spectrum[part] @ m[0].mT for part, m in self._chunks()]  # (F, N, c')
-            product = kernels.transpose(_join(xp, parts, axis=0).flatten(1))
         else:
             spectrum = self.backend.batch_last(spectrum)  # (G, F, c, N)
-            parts = [_times(m, spectrum[:, part, ...]) for part, m in self._chunks()]
+            parts = [_times(m, spectrum[:, part, ...]) for part, m in self.chunks()]
             product = self.backend.batch_first(_join(xp, parts, axis=1))
         product = xp.reshape(product, (x.shape[0], self.groups, self.rows, *half))
         image = xp.irfftn(product, s=self.grid.size, axes=axes)
@@ -341,10 +321,10 @@ class FourierMap:
             real, imag = x[:, :, :1, :], x[:, :, 1:, :]
             parts = [
                 m[:, :, :, :1] * real[:, part, ...] + m[:, :, :, 1:] * imag[:, part, ...]
-                for part, m in self._chunks()
+                for part, m in self.chunks()
             ]
         else:
-            parts = [_times(m, x[:, part, ...]) for part, m in self._chunks()]
+            parts = [_times(m, x[:, part, ...]) for part, m in self.chunks()]
         x = _join(xp, parts, axis=1)  # (G, F, 2 c', N)
         for table, count in zip(others_back[::-1], half[:0:-1], strict=True):
             done //= count
@@ -415,15 +395,6 @@ def _times(matrices: Any, x: Any) -> Any:
     if matrices.shape[0] > 1:
         return matrices @ x
     return (matrices[0, ...] @ x[0, ...])[None, ...]
-
-
-def _recorded(*arrays: Any) -> bool:
-    """Tell whether a result may not be written in place: autograd records, or torch is not it."""
-    return torch.compiler.is_compiling() or any(
-        not isinstance(a, Tensor) or (a.requires_grad and torch.is_grad_enabled())
-        for a in arrays
-        if a is not None
-    )
 
 
 def _join(xp: Namespace, parts: list[Any], axis: int) -> Any:

@@ -92,6 +92,12 @@ class IterativeFactor(Factor):
     @torch.compiler.disable
     def solve(self, residual: Tensor) -> Tensor:
         """Return `argmin |A d - r|^2 + shift |d|^2` for every sample of the batch."""
+        solution = self._solve(residual)
+        if is_capturing(residual.device):  # what a graph's memory holds later tells nobody
+            self.convergence = None
+        return solution
+
+    def _solve(self, residual: Tensor) -> Tensor:
         residual = residual.to(_entries(self.operator).dtype)
         mv, rmv = self.operator.mv, self.operator.rmv
         size = _like(residual.abs().flatten(1).amax(1), residual)
@@ -169,7 +175,7 @@ def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):
     """
     samples = len(right)
     asks = right.device.type == "cpu"
-    news = _News() if right.is_cuda and not torch.cuda.is_current_stream_capturing() else None
+    news = _News() if right.is_cuda and not is_capturing(right.device) else None
     tiny = torch.finfo(right.dtype).tiny
     norm = _norm(right)
     found = torch.zeros_like(right)
@@ -213,6 +219,14 @@ def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):
     return found, Convergence(best.detach(), steps, best.detach() <= tolerance)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph records what is computed on a device: nothing may wait for it."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 class _News:
     """Tells the host whether any sample is still running, as it was a few steps ago."""
 
@@ -223,7 +237,7 @@ class _News:
         """Start copying the news of a step."""
         flag = running.any().to("cpu", non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(running.device))
         self._sent.append((flag, event))
 
     def all_stopped(self) -> bool:

@@ -133,7 +133,7 @@ def _ignoring_input(y: Tensor, x: Tensor, *, inverse: Callable[..., Tensor], **k
     return inverse(y, **kw)
 
 
-def _constant(*, value: Any, **_: Any) -> Any:
+def _constant(value: Any, /, **_: Any) -> Any:
     return value
 
 
@@ -148,9 +148,9 @@ def _enter(
     functor: str | Callable[..., str] | None = None,
 ) -> None:
     spellings = op if isinstance(op, tuple) else (op,)
-    limits = range if callable(range) else functools.partial(_constant, value=range)
+    limits = range if callable(range) else functools.partial(_constant, range)
     if isinstance(functor, str):
-        functor = functools.partial(_constant, value=functor)
+        functor = functools.partial(_constant, functor)
     name = (
         op.name if isinstance(op, OpType) else getattr(spellings[0], "__name__", str(spellings[0]))
     )

@@ -194,9 +194,9 @@ class NearestEmbedding(Embedding):
 
     def _embedded(self, logits: Tensor, labels: Tensor) -> Tensor:
         kernels = self.backend.kernels
-        last = self.dim in (-1, logits.ndim - 1)
-        if kernels is not None and last and kernels.serve(logits):
-            return kernels.nearest_embedding(logits, labels, self.options["margin"])
+        last, margin = self.dim in (-1, logits.ndim - 1), self.options["margin"]
+        if kernels is not None and last and margin >= 0 and kernels.serve(logits):
+            return kernels.nearest_embedding(logits, labels, margin)
         return super()._embedded(logits, labels)
 
 

@@ -64,21 +64,19 @@ class MaxPoolInversion(Inversion):
         kernels = self.backend.kernels
         if kernels is None or not kernels.serve(target, x) or x[0, 0].numel() >= 1 << 31:
             return None
-        windows = [_windows(axis) for axis in axes]
-        if None in windows or len(windows) > 2:
+        windows = [_windows(axis) for axis in axes if isinstance(axis, RegularAxis)]
+        if len(windows) < len(axes) or len(windows) > 2:
             return None
-        pair = (Windows(1, 1, 1, 1, 0, 1), *windows)[-2:]
+        rows = windows[0] if len(windows) == 2 else Windows(1, 1, 1, 1, 0, 1)
         return kernels.max_unpool(
-            target, x, pair, minimal=minimal,
+            target, x, (rows, windows[-1]), minimal=minimal,
             disjoint=all(axis.disjoint for axis in axes),
             complete=all(axis.complete for axis in axes),
         )  # fmt: skip
 
 
-def _windows(axis: Axis) -> Windows | None:
+def _windows(axis: RegularAxis) -> Windows:
     """Return the windows as the kernels take them."""
-    if not isinstance(axis, RegularAxis):
-        return None
     return Windows(axis.size, axis.count, axis.kernel, axis.stride, axis.padding, axis.dilation)
 
 
@@ -133,17 +131,17 @@ def _unpool_small_tiles(
     """Return the nearest image for disjoint windows: their first maximum takes the target."""
     exact = all(axis.complete for axis in axes)
     image = x.new_empty(x.shape, dtype=target.dtype) if exact else x.to(target.dtype, copy=True)
-    waiting, first = torch.ones_like(target), torch.empty_like(target)
-    high = torch.finfo(target.dtype).max / 2
+    most = torch.finfo(target.dtype).max
+    waiting, first = torch.full_like(target, most), torch.empty_like(target)
     entries, places = (taps(frame(each, axes, 0), axes) for each in (x, image))
     for entry, place in zip(entries, places, strict=True):
         value = entry.to(target.dtype).clone(memory_format=torch.contiguous_format)
         with torch.no_grad():
-            torch.eq(value, output, out=first)
-            first *= waiting  # 1 at the maximum, if it has not come before
+            torch.eq(value.detach(), output.detach(), out=first)
+            first *= waiting  # not 0 at the maximum, if it has not come before
             waiting -= first
-        # The target is the least at the first maximum, which is raised above it.
-        place.copy_(torch.minimum(value.add_(first, alpha=high), target))
+        # The target is the least at the first maximum, which is raised to infinity.
+        place.copy_(torch.minimum(value.add(first, alpha=2), target))
     return image
 
 

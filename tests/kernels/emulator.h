@@ -23,26 +23,30 @@ using std::exp;
 using std::tanh;
 using std::atanh;
 using std::erfc;
+using std::sqrt;
 
 struct Dim {
   int x;
 };
 static thread_local Dim threadIdx, blockIdx;
 static Dim blockDim, gridDim;
-alignas(64) unsigned char memory[1 << 20];
+extern "C" {
+alignas(64) unsigned char memory[1 << 18];
+}
 
 static std::unique_ptr<std::barrier<>> block_barrier;
 static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
-static double slots[1024];
+static unsigned char slots[1024][8];
 
 static void __syncthreads() { block_barrier->arrive_and_wait(); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int other) {
   auto& warp = *warp_barriers[threadIdx.x / 32];
-  slots[threadIdx.x] = double(value);
+  std::memcpy(slots[threadIdx.x], &value, sizeof value);
   warp.arrive_and_wait();
-  const T found = T(slots[threadIdx.x ^ other]);
+  T found;
+  std::memcpy(&found, slots[threadIdx.x ^ other], sizeof found);
   warp.arrive_and_wait();
   return found;
 }

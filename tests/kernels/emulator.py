@@ -9,7 +9,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from frfx.kernels.kernels import TYPES, source
+from frfx.kernels.kernels import TYPES
+from frfx.kernels.launch import source
+
+MEMORY = 1 << 18
+"""Bytes of shared memory, as in emulator.h."""
 
 FUNCTORS = (
     "Tanh", "Sigmoid", "Identity", "Dip<Silu>", "Dip<Gelu>", "Dip<GeluTanh>", "Dip<Mish>",
@@ -18,6 +22,8 @@ FUNCTORS = (
 TEMPLATES = (
     "nearest_embedding<{type}>",
     "circular_map<{type}>",
+    "spectra<{type}>",
+    "images_of<{type}>",
     "residual_on_grid<{type}>",
     "transpose<{type}>",
     "unpool_tops<{type}>",
@@ -69,7 +75,14 @@ class EmulatedLauncher:
     """
 
     device_type = "cpu"
-    shared_memory = 1 << 20
+
+    def works(self):
+        """Tell whether it can launch: it can."""
+        return True
+
+    def shared_memory(self, device):
+        """Return what the emulated blocks have."""
+        return MEMORY
 
     def __init__(self) -> None:
         self.launched: list[str] = []
@@ -77,10 +90,13 @@ class EmulatedLauncher:
     def __call__(self, name, device, blocks, threads, arguments, shared=0):
         """Launch the instance of a template."""
         assert device.type == "cpu"
-        assert shared <= self.shared_memory
+        assert shared <= MEMORY
         slots = (ctypes.c_uint64 * len(arguments))()
         for i, value in enumerate(arguments):
             kind = ctypes.c_double if isinstance(value, float) else ctypes.c_int64
             kind.from_buffer(slots, 8 * i).value = value
+        memory = (ctypes.c_ubyte * MEMORY).in_dll(library(), "memory")
+        ctypes.memset(memory, 0xFF, MEMORY)  # NaN, for whoever reads what nobody has written
         getattr(library(), f"run_{INSTANCES.index(name)}")(blocks, threads, slots)
+        assert bytes(memory[shared:]) == b"\xff" * (MEMORY - shared), "written beyond its memory"
         self.launched.append(name)

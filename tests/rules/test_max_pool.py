@@ -375,7 +375,9 @@ def test_gradients(pool, size, policy):
     x = order.double().view(1, 1, *size).requires_grad_()
     y = pool(x).detach()
     target = (y + 0.3 * normal(1, *y.shape)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t, x: module(t, pool(x), x), (target, x), eps=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda t, x: module(t, pool(x), x), (target, x), eps=1e-5, check_forward_ad=True
+    )
 
 
 # --- spellings ---
