@@ -9,6 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_A_BLOCK = (4, 8, 16)
+"""How many images a block may take."""
+
+_BLOCKS = 256
+"""So many blocks fill a device."""
+
 _LATENCY = 128
 """How many threads more a turn of a block might have had in the time that it waits for memory."""
 
@@ -81,10 +87,14 @@ class Plane:
             (lines * self.result[1], self.half),
         ]
 
-    def images(self, memory: int) -> int:
-        """Return how many images a block should take: neighbours are read and written together."""
+    def images(self, memory: int, images: int) -> int:
+        """Return how many images a block should take, of so many; 0 if not even the fewest fit.
+
+        Neighbours are read and written together, but there should be blocks for the whole device.
+        """
         one = self.tables.element_size() * max(sum(self.there(1)), sum(self.back(1)))
-        return max((n for n in (4, 8, 16) if n * one <= memory), default=0)
+        fitting = [n for n in _A_BLOCK if n * one <= memory] or [0]
+        return max((n for n in fitting if images >= n * _BLOCKS), default=fitting[0])
 
 
 def _wide(results: int, height: int) -> int:

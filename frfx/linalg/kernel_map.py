@@ -14,13 +14,12 @@ from frfx.linalg.backend import TorchBackend
 if TYPE_CHECKING:
     from frfx.linalg.fourier import FourierMap
 
-_PLANE_UP_TO = 48
+_PLANE_UP_TO = 36
 """Side of a grid up to which transforms as products with tables beat fast ones and the
 transpositions around them (docs/solvers.md)."""
 
 _A_BLOCK = 80 << 10
-"""Bytes of shared memory that the images of a block may take: two blocks then share a
-multiprocessor."""
+"""Bytes of shared memory that the images of a block may take: two then share a multiprocessor."""
 
 _IN_ONE = range(1 << 8, 1 << 17)
 """How many entries the matrices have where one kernel for the whole map is faster still, ..."""
@@ -49,7 +48,9 @@ class KernelMap:
         if plane is not None and entries in _IN_ONE and not origin.streams:
             found = CircularMap.of(plane, origin.at(origin.grid.frequencies("fft"), "fft"))
             self.in_one = found if found.shared <= min(_IN_ONE_MEMORY, memory) else None
-        self._a_block = 0 if plane is None else plane.images(min(_A_BLOCK, memory))
+        self._memory = min(_A_BLOCK, memory)
+        if plane is not None and not plane.images(self._memory, 1):
+            self._plane = None
 
     @classmethod
     def of(cls, origin: FourierMap) -> KernelMap | None:
@@ -72,7 +73,7 @@ class KernelMap:
         """Whether the product is torch's, and takes frequencies first as they are."""
         pointwise = self._map.rows == self._map.columns == 1
         by_torch = self._map.form == "fft" and isinstance(self._map.backend, TorchBackend)
-        return by_torch and (self._map.groups == 1 or (pointwise and self._a_block > 0))
+        return by_torch and (self._map.groups == 1 or (pointwise and self._plane is not None))
 
     @property
     def nbytes(self) -> int:
@@ -100,12 +101,14 @@ class KernelMap:
         return torch.cat([self._part(*part) for part in zip(*pieces, strict=True)])
 
     def _part(self, source: Tensor, minus: Tensor | None, plus: Tensor | None) -> Tensor:
-        if self._plane is None or not self._a_block:
+        if self._plane is None:
             return self._between(source, minus, plus)
-        plane, a_block, n = self._plane, self._a_block, source.shape[0]
+        plane, n = self._plane, source.shape[0]
         source = source.reshape(-1, *plane.source)
         minus = minus if minus is None else minus.reshape(source.shape)
+        a_block = plane.images(self._memory, len(source))
         product = self._product(self._kernels.spectra(plane, a_block, source, minus), n)
+        a_block = plane.images(self._memory, product.shape[1])
         back = plus if plus is None else plus.reshape(-1, *plane.result)
         images = self._kernels.images_of(plane, a_block, product, back)
         return images.view(n, self._map.groups, self._map.rows, *self._map.grid.result)

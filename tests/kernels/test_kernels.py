@@ -141,9 +141,10 @@ def test_a_map_tells_what_a_block_needs():
     assert made.shared == 16 * (even + odd)
     assert made.nbytes == 16 * (made.matrices.numel() + plane.tables.numel())
     least = 16 * max(sum(plane.there(8)), sum(plane.back(8)))
-    assert plane.images(least - 1) == 4
-    assert plane.images(least) == 8
-    assert plane.images(0) == 0
+    assert plane.images(least - 1, 10**6) == 4
+    assert plane.images(least, 10**6) == 8
+    assert plane.images(least, 1000) == 4
+    assert plane.images(0, 10**6) == 0
 
 
 @DTYPES
