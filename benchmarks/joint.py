@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -208,15 +209,18 @@ def against_attacks(model: nn.Module, x: Tensor, y: Tensor) -> list[dict[str, An
             methods[f"joint, {steps} steps at most"] = functools.partial(inverse, feature, y)
         found = []
         for method, run in methods.items():
-            with clocked() as clock:
-                a = run()
+            seconds = math.inf
+            for _ in range(3):
+                with clocked() as clock:
+                    a = run()
+                seconds = min(seconds, clock.seconds)
             with torch.no_grad():
                 logits = tail(a)
             own = logits.gather(1, y[:, None])[:, 0]
             rival = logits.scatter(1, y[:, None], -torch.inf).amax(1)
             reached = own >= rival + 0.99 * MARGIN - 1e-5
             moved = (a - feature).flatten(1).norm(dim=1) / size
-            found.append((method, reached, moved, clock.seconds))
+            found.append((method, reached, moved, seconds))
         # Over the images that all but the worst reach, so that a miss lowers no mean.
         both = torch.stack([r for m, r, _, _ in found if m.startswith(("DDN", "joint"))]).all(0)
         slowest = next(seconds for method, _, _, seconds in found if method.startswith("DDN"))

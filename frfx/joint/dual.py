@@ -79,7 +79,7 @@ def _complementary(matrix: Tensor, right: Tensor, basis: _Basis) -> Tensor:
     """
     count = matrix.shape[1]
     tolerance = 64 * count * torch.finfo(matrix.dtype).eps
-    rule = _Exchange(right)
+    rule = None
     for trial in range(50 * (count + 1)):
         u = basis.solve(right)
         w = torch.baddbmm(right, matrix, u, beta=-1)
@@ -87,7 +87,10 @@ def _complementary(matrix: Tensor, right: Tensor, basis: _Basis) -> Tensor:
         wrong = torch.where(basis.basic, u, w) < height.clamp(min=1) * -tolerance
         if not bool(wrong.any()):  # synchronises: the pivots are few, and the systems small
             break
-        basis.exchange(basis.basic ^ (wrong if trial < _BLOCKS else rule.choose(wrong)))
+        if trial >= _BLOCKS:
+            rule = rule or _Exchange(right)
+            wrong = rule.choose(wrong)
+        basis.exchange(basis.basic ^ wrong)
     return u.clamp(min=0)
 
 

@@ -146,42 +146,39 @@ class MarginPoint:
         count = self._in_way.sum(1)
         size = first.square().sum(1)
         alone = (count == 1) & ~use_cut & (size > _NORMAL[0]) & (size < _NORMAL[1])
-        correction = torch.zeros_like(first)
-        index = alone.nonzero()[:, 0]
-        if len(index):  # the nearest point of a half-space
-            row = first[index]
-            back = weight[index] * torch.linalg.vecdot(row, offset[index])
-            missing = (-self._surplus[index, 0] - back).clamp(min=0)
-            correction[index] = row * (missing / size[index])[:, None]
+        # The nearest point of a half-space, for all: it is what it is for those that have but one.
+        missing = (-self._surplus[:, 0] - weight * torch.linalg.vecdot(first, offset)).clamp(min=0)
+        correction = first * torch.where(alone, missing / size, 0)[:, None]
         index = ((count > 0) & ~alone).nonzero()[:, 0]
         index = index[count[index].argsort(stable=True)]
         counts = count[index].tolist()
         for piece in self._pieces(counts, first.shape[1]):
             part, widths = index[piece], counts[piece]
-            entry, place = self._in_way[part, 1:].nonzero(as_tuple=True)
+            in_way, surplus = self._in_way[part], self._surplus[part]
+            entry, place = in_way[:, 1:].nonzero(as_tuple=True)
             others = self._other_rows(part[entry], place + 1)
+            offsets, cuts, rows = offset[part].double(), cut[part], first[part]
+            weights, behinds, cutting = (v[part, None] for v in (weight, behind, use_cut))
+            corrections = []
             start = 0
             for group, width in _groups(widths):
-                chosen = part[group]
-                in_way = self._in_way[chosen, :width]
-                stop = start + sum(widths[group]) - len(chosen)
-                matrix = first.new_zeros(
-                    len(chosen), width + 1, first.shape[1], dtype=torch.float64
-                )
-                matrix[:, 0] = first[chosen]
+                length = group.stop - group.start
+                stop = start + sum(widths[group]) - length
+                matrix = first.new_zeros(length, width + 1, first.shape[1], dtype=torch.float64)
+                matrix[:, 0] = rows[group]
                 if stop > start:
                     row = entry[start:stop] - group.start
                     matrix[row, place[start:stop] + 1] = others[start:stop].double()
-                matrix[:, width] = cut[chosen]
-                back = torch.bmm(matrix, offset[chosen].double()[..., None])[..., 0]
-                bound = torch.cat([-self._surplus[chosen, :width], behind[chosen, None]], 1)
-                bound = torch.addcmul(bound.double(), weight[chosen, None], back, value=-1)
-                active = torch.cat([in_way, use_cut[chosen, None]], 1)
+                matrix[:, width] = cuts[group]
+                back = torch.bmm(matrix, offsets[group, :, None])[..., 0]
+                bound = torch.cat([-surplus[group, :width], behinds[group]], 1)
+                bound = torch.addcmul(bound.double(), weights[group], back, value=-1)
+                active = torch.cat([in_way[group, :width], cutting[group]], 1)
                 gram = torch.bmm(matrix, matrix.mT)
                 multipliers = nearest_point_multipliers(gram, bound, active)
-                found = torch.bmm(multipliers[:, None], matrix)
-                correction[chosen] = found[:, 0].to(correction.dtype)
+                corrections.append(torch.bmm(multipliers[:, None], matrix)[:, 0])
                 start = stop
+            correction[part] = torch.cat(corrections).to(correction.dtype)
         return correction
 
     def _pieces(self, counts: list[int], size: int) -> Iterator[slice]:

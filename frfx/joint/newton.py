@@ -86,7 +86,7 @@ def nearest_feature(
         best.update(rows, start, torch.zeros_like(best.distance), violation, reached, 0)
         rows = (~reached).nonzero()[:, 0]
     live = _Live(start[rows], rows)
-    size = start.norm(dim=1)
+    size = _norm(start)
     size = torch.where(size > 0, size, torch.inf)
     for count in range(steps + 1):
         if len(live.rows) == 0:  # synchronises, as every choice of samples does
@@ -97,7 +97,7 @@ def nearest_feature(
             point.reached = point.reached & (point.violation <= 0)
         violation, reached = point.violation, point.reached
         offset = live.origin - at
-        distance = offset.norm(dim=1)
+        distance = _norm(offset)
         gain = best.update(rows, at, distance, violation, reached, count)
         if count == steps:
             break
@@ -115,13 +115,13 @@ def nearest_feature(
         behind = (1 - live.share) * live.slope
         found = point.correct(offset, weight, live.cut, behind, use_cut, ~(done | stalls))
         whole = weight == 1
-        done |= reached & whole & (distance <= (1 + tolerance) * found.norm(dim=1))
+        done |= reached & whole & (distance <= (1 + tolerance) * _norm(found))
         step = torch.addcmul(found, weight[:, None], offset)
         back = bool(stalls.any())  # synchronises
         if back:
             step = torch.where(stalls[:, None], live.step, step)
             found = torch.where(stalls[:, None], live.cut, found)
-        length = step.norm(dim=1)
+        length = _norm(step)
         done |= ~reached & (length == 0)  # nothing that it could do moves it
         longest = _REACH[min(count, 1)] * size[rows]
         share = (longest / length).clamp(max=1).nan_to_num(nan=1)
@@ -143,6 +143,10 @@ def nearest_feature(
         live.keep(~done)
     report = Report(best.reached, best.steps, best.distance, best.violation)
     return best.at.reshape(shape), report
+
+
+def _norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1)
 
 
 class _Best:
