@@ -21,6 +21,7 @@ from frfx.linalg import Convolution, Solver, fourier, kernel_map
 from frfx.linalg.backend import TorchBackend, torch_backend
 from frfx.linalg.fourier import Grid
 from frfx.rules import activation
+from frfx.rules.label import NearestEmbedding
 from tests.kernels.emulator import FUNCTORS, EmulatedLauncher, library
 from tests.linalg.test_fourier import dense_product, image_for, make, matrices_of
 from tests.rules.test_max_pool import pools
@@ -76,6 +77,14 @@ def test_logits_that_are_not_finite_are_seen(kernels):
     labels = torch.tensor([0, 0, 0, 0, 40])  # the last is no class
     found = kernels.nearest_embedding(z, labels, 0.0)
     assert [bool(row.isfinite().all()) for row in found] == [False] * 5
+
+
+def test_a_negative_margin_is_refused_as_without_them(backend):
+    embedding = NearestEmbedding(-1, -1.0)
+    embedding.backend = backend
+    logits, labels = torch.randn(2, 4), torch.tensor([0, 1])
+    with pytest.raises(frfx.TargetError, match="must not be negative"):
+        embedding(labels, labels, logits)
 
 
 @st.composite

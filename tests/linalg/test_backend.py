@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -24,6 +26,11 @@ OPERATORS = {
 
 def test_auto_is_torch():
     assert get_backend("auto") is get_backend("torch") is torch_backend
+
+
+def test_copies_are_the_backend_itself():
+    assert copy.deepcopy(torch_backend) is torch_backend
+    assert pickle.loads(pickle.dumps(torch_backend)) is torch_backend
 
 
 def test_an_unknown_backend_is_answered_with_the_known_ones():
