@@ -10,7 +10,8 @@ and keeps the corner of the grid that the result lies in. It has three forms, eq
   about 16 pixels wide, on which fast transforms are mostly overhead.
 - `"fft"`: fast transforms. The fastest for large images.
 
-The code is written against the array API and runs on any of its namespaces.
+The code is written against the array API and runs on any of its namespaces. On a GPU, kernels take
+its place where they are faster (`kernel_map`).
 """
 
 from __future__ import annotations
