@@ -21,7 +21,7 @@ _FIRST = 0.5
 """The first step has rows for the classes that miss by this share of the largest violation, at
 least: it comes from so far away that the next looks anew at all others."""
 
-_FEW = 32
+_FEW = 128
 """Fewer samples than that are solved for together with those that have more classes in the way."""
 
 _NORMAL = (1e-30, 1e30)
