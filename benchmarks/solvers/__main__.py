@@ -67,6 +67,13 @@ def main(
         watch = Stopwatch(torch.device(name), seconds)
         chosen = [layer for layer in layers.LAYERS if layer.quick or not quick]
         tables: dict[str, list[dict[str, Any]]] = {}
+        # First, while the memory of the process is not in pieces: that costs a tenth and more.
+        tables["networks"] = [
+            networks.measure(case, watch, backend)
+            for case in networks.cases(watch.device)
+            if case.quick or not quick
+            for backend in (["auto", "torch"] if name == "cuda" else ["auto"])
+        ]
         if name == "cpu":
             tables["layers"] = [layers.on_cpu(layer, watch) for layer in chosen]
         else:
@@ -75,12 +82,6 @@ def main(
             record["rates"] = vars(rates)
             tables["layers"] = [layers.on_gpu(layer, watch, rates) for layer in chosen]
             tables["steps"] = list(steps.measure(watch))
-        tables["networks"] = [
-            networks.measure(case, watch, backend)
-            for case in networks.cases(watch.device)
-            if case.quick or not quick
-            for backend in (["auto", "torch"] if name == "cuda" else ["auto"])
-        ]
         for title, rows in tables.items():
             show(f"{title} on {name}", rows)
         record[name] = tables
