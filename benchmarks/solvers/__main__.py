@@ -46,6 +46,12 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def run(case: networks.Case, watch: Stopwatch) -> list[dict[str, Any]]:
+    """Return the rows of a network, one a backend that differs."""
+    backends = ["auto", "torch"] if watch.device.type == "cuda" else ["auto"]
+    return [networks.measure(case, watch, backend) for backend in backends]
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("bench-solvers.json"),
     quick: Annotated[bool, typer.Option(help="The small ones, under two minutes.")] = False,
@@ -67,13 +73,9 @@ def main(
         watch = Stopwatch(torch.device(name), seconds)
         chosen = [layer for layer in layers.LAYERS if layer.quick or not quick]
         tables: dict[str, list[dict[str, Any]]] = {}
-        # First, while the memory of the process is not in pieces: that costs a tenth and more.
-        tables["networks"] = [
-            networks.measure(case, watch, backend)
-            for case in networks.cases(watch.device)
-            if case.quick or not quick
-            for backend in (["auto", "torch"] if name == "cuda" else ["auto"])
-        ]
+        cases = list(networks.cases(watch.device))
+        # Large ones last: they leave the memory of the process in pieces, which costs a tenth.
+        tables["networks"] = [row for case in cases if case.small for row in run(case, watch)]
         if name == "cpu":
             tables["layers"] = [layers.on_cpu(layer, watch) for layer in chosen]
         else:
@@ -82,6 +84,8 @@ def main(
             record["rates"] = vars(rates)
             tables["layers"] = [layers.on_gpu(layer, watch, rates) for layer in chosen]
             tables["steps"] = list(steps.measure(watch))
+        large = [case for case in cases if not case.small and not quick]
+        tables["networks"] += [row for case in large for row in run(case, watch)]
         for title, rows in tables.items():
             show(f"{title} on {name}", rows)
         record[name] = tables

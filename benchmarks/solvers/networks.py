@@ -27,7 +27,7 @@ class Case:
         layer: Down to which.
         policy: The policy's name.
         options: For its convolutions.
-        quick: Whether it is one of the quick ones.
+        small: Whether it takes little time and memory.
     """
 
     name: str
@@ -36,17 +36,17 @@ class Case:
     layer: str | int
     policy: str = "paper"
     options: dict[str, Any] = field(default_factory=dict)
-    quick: bool = True
+    small: bool = True
 
 
 def cases(device: torch.device) -> Iterator[Case]:
     """Yield what is measured; a GPU takes larger batches of the large network."""
     for policy in ("paper", "minimal"):
         for layer in (3, 2, 1, 0):
-            yield Case("paper:cifar10", 32, 256, layer, policy, quick=policy == "paper")
+            yield Case("paper:cifar10", 32, 256, layer, policy)
     batch = 32 if device.type == "cpu" else 128
     for options in ({"solver": "spectral", "damping": 1e-2}, {}):
-        yield Case("torchvision:vgg11", 64, batch, "features.0", "paper", options, quick=False)
+        yield Case("torchvision:vgg11", 64, batch, "features.0", "paper", options, small=False)
 
 
 def measure(case: Case, watch: Stopwatch, backend: str) -> dict[str, Any]:
