@@ -179,11 +179,12 @@ class _Best:
         gain = torch.where(had, 1 - distance / self.distance[rows], torch.inf)
         less = ~had & (violation < (1 - self._rounding) * self.violation[rows])
         better = torch.where(reached, ~had | (gain > 0), less)
-        chosen = rows[better]
-        self.at[chosen] = at[better]
-        self.distance[chosen] = distance[better]
-        self.violation[chosen] = violation[better]
-        self.reached[chosen] = reached[better]
+        index = better.nonzero()[:, 0]
+        chosen = rows[index]
+        self.at[chosen] = at[index]
+        self.distance[chosen] = distance[index]
+        self.violation[chosen] = violation[index]
+        self.reached[chosen] = reached[index]
         self.steps[rows] = count
         return gain
 
