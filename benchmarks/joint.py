@@ -202,7 +202,7 @@ def against_attacks(model: nn.Module, x: Tensor, y: Tensor) -> list[dict[str, An
         margined = Margined(tail, y, tail(feature[:1]).shape[1])
         size = feature.flatten(1).norm(dim=1)
         methods = attacks(margined, feature, y)
-        for steps in (4, 5, 6, 12):
+        for steps in (3, 4, 5, 6, 12):
             policy = frfx.policy.joint(margin=MARGIN, steps=steps, unreached="ignore")
             inverse = frfx.invert(tail, "input", policy=policy)  # of the tail alone, as the others
             inverse.prepare.ready(feature)
