@@ -148,7 +148,8 @@ class Kernels:
         plane = circular.plane
         groups, rows, columns, _ = circular.matrices.shape
         n = source.shape[0]
-        result = source.new_empty(n, groups, rows, *plane.result[2 - (source.ndim - 3) :])
+        size = plane.result[5 - source.ndim :]  # of one dimension, without the height of one
+        result = source.new_empty(n, groups, rows, *size)
         kept, addresses = _addresses(source, minus, plus, circular.matrices, plane.tables, result)
         sizes = (*plane.size, *plane.source, *plane.result, circular.buffers[0])
         name = f"circular_map<{TYPES[source.dtype]}>"

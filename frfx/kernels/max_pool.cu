@@ -20,6 +20,12 @@ struct Axis {
   }
 };
 
+#define WINDOWS_PARAMETERS                                                                     \
+  long long h, long long oh, long long kh, long long sh, long long ph, long long dh,           \
+      long long w, long long ow, long long kw, long long sw, long long pw, long long dw
+#define ROWS {int(h), int(oh), int(kh), int(sh), int(ph), int(dh)}
+#define COLUMNS {int(w), int(ow), int(kw), int(sw), int(pw), int(dw)}
+
 // Whether a value is below its bound, or NaN, which is to be seen.
 template <typename T>
 __device__ bool stays(T value, T bound) { return value < bound || value != value; }
@@ -27,11 +33,8 @@ __device__ bool stays(T value, T bound) { return value < bound || value != value
 // Windows that share no entry: a thread a window. What no window reads is not written.
 template <typename T, bool minimal>
 __global__ void unpool_tiles(const T* target, const T* x, T* result, long long windows,
-                             long long h, long long oh, long long kh, long long sh, long long ph,
-                             long long dh, long long w, long long ow, long long kw, long long sw,
-                             long long pw, long long dw) {
-  const Axis rows = {int(h), int(oh), int(kh), int(sh), int(ph), int(dh)};
-  const Axis columns = {int(w), int(ow), int(kw), int(sw), int(pw), int(dw)};
+                             WINDOWS_PARAMETERS) {
+  const Axis rows = ROWS, columns = COLUMNS;
   const long long all = (long long)gridDim.x * blockDim.x;
   for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < windows; i += all) {
     const long long row = i / columns.count;
@@ -67,11 +70,8 @@ __global__ void unpool_tiles(const T* target, const T* x, T* result, long long w
 // reads stays. The bounds are kept for the second half.
 template <typename T, bool minimal>
 __global__ void unpool_bounds(const T* target, const T* x, T* bounds, T* result, long long entries,
-                              long long h, long long oh, long long kh, long long sh, long long ph,
-                              long long dh, long long w, long long ow, long long kw, long long sw,
-                              long long pw, long long dw) {
-  const Axis rows = {int(h), int(oh), int(kh), int(sh), int(ph), int(dh)};
-  const Axis columns = {int(w), int(ow), int(kw), int(sw), int(pw), int(dw)};
+                              WINDOWS_PARAMETERS) {
+  const Axis rows = ROWS, columns = COLUMNS;
   const long long all = (long long)gridDim.x * blockDim.x;
   for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < entries; i += all) {
     const long long row = i / columns.size;
@@ -99,11 +99,8 @@ __global__ void unpool_bounds(const T* target, const T* x, T* bounds, T* result,
 // largest takes it. An entry that several windows choose has one bound, so they write the same.
 template <typename T>
 __global__ void unpool_tops(const T* target, const T* x, const T* bounds, T* result,
-                            long long windows, long long h, long long oh, long long kh,
-                            long long sh, long long ph, long long dh, long long w, long long ow,
-                            long long kw, long long sw, long long pw, long long dw) {
-  const Axis rows = {int(h), int(oh), int(kh), int(sh), int(ph), int(dh)};
-  const Axis columns = {int(w), int(ow), int(kw), int(sw), int(pw), int(dw)};
+                            long long windows, WINDOWS_PARAMETERS) {
+  const Axis rows = ROWS, columns = COLUMNS;
   const long long all = (long long)gridDim.x * blockDim.x;
   for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < windows; i += all) {
     const long long row = i / columns.count;
