@@ -8,6 +8,14 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph records what a device computes: nothing may wait for it."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def is_recorded(*tensors: Tensor | None) -> bool:
     """Tell whether torch's own ops, out of place, must make the result of these tensors.
 

@@ -85,7 +85,6 @@ class Problem:
     Args:
         layer: The layer.
         device: Where it is.
-        backend: What runs the factors.
     """
 
     def __init__(self, layer: Layer, device: torch.device) -> None:

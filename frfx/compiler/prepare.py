@@ -27,6 +27,7 @@ from frfx.errors import (
 )
 from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Shape
+from frfx.recording import is_capturing
 from frfx.rules.base import FactoredInversion, Inversion
 from frfx.rules.label import check_labels
 from frfx.rules.sized import SizedInversion
@@ -107,7 +108,7 @@ class Preparation(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """Return the target, checked and in the precision that the inverse computes in."""
-        if is_capturing():  # a CUDA graph, which holds no question to the host
+        if is_capturing(x.device):  # a CUDA graph, which holds no question to the host
             return target.to(solve_dtype(x.dtype)) if target.is_floating_point() else target
         self.ready(x)
         size = self._size(x)
@@ -395,7 +396,7 @@ class Finish(nn.Module):
             ConvergenceError: If a solver has not converged and its rule is to raise (likewise).
         """
         feature = feature.to(forward_feature.dtype)
-        if not torch.compiler.is_compiling() and not is_capturing():
+        if not torch.compiler.is_compiling() and not is_capturing(feature.device):
             _check_finite(feature, "the reconstructed feature")
             self.check_convergence()
         return feature
@@ -404,11 +405,6 @@ class Finish(nn.Module):
         """Warn or raise, as each rule asks, about what has not converged since the last check."""
         for inversion in self.inversions:
             inversion.check_convergence()
-
-
-def is_capturing() -> bool:
-    """Return whether a CUDA graph records what is computed: nothing may wait for the device."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_finite(tensor: Tensor) -> bool:

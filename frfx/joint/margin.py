@@ -148,7 +148,7 @@ class MarginPoint:
         alone = (count == 1) & ~use_cut & (size > _NORMAL[0]) & (size < _NORMAL[1])
         # The nearest point of a half-space, for all: it is what it is for those that have but one.
         missing = (-self._surplus[:, 0] - weight * torch.linalg.vecdot(first, offset)).clamp(min=0)
-        correction = first * torch.where(alone, missing / size, 0)[:, None]
+        correction = torch.where(alone[:, None], first * (missing / size)[:, None], 0)
         index = ((count > 0) & ~alone).nonzero()[:, 0]
         index = index[count[index].argsort(stable=True)]
         counts = count[index].tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +17,24 @@ _THREADS = 256
 _MOST_BLOCKS = 1 << 16
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Windows along one dimension, as `frfx.rules.axis.RegularAxis` has them."""
+class Windows(NamedTuple):
+    """Windows along one dimension, in the order in which the kernels take what describes them.
+
+    Attributes:
+        size: The entries of the image.
+        outputs: The windows.
+        kernel: The entries of a window.
+        stride: From one window to the next.
+        padding: How far the first window begins in front of the image.
+        dilation: From one entry of a window to the next.
+    """
 
     size: int
-    count: int
+    outputs: int
     kernel: int
     stride: int
     padding: int
     dilation: int
-
-    def arguments(self) -> tuple[int, ...]:
-        """Return them in the order in which the kernels take them."""
-        return self.size, self.count, self.kernel, self.stride, self.padding, self.dilation
 
 
 class Kernels:
@@ -64,45 +68,50 @@ class Kernels:
         """Return how many bytes of shared memory a block may have on a device."""
         return self._launch.shared_memory(device)
 
-    def _each(
-        self, name: str, count: int, arguments: tuple[int | float, ...], like: Tensor
-    ) -> None:
+    def _run(
+        self, name: str, like: Tensor, blocks: int, threads: int,
+        *arguments: Tensor | float | None, shared: int = 0,
+    ) -> None:  # fmt: skip
+        """Run the instance of a kernel for the type and the device of a tensor.
+
+        Args:
+            name: With `{}` for the type.
+            like: The tensor.
+            blocks, threads, shared: As the launcher takes them.
+            *arguments: Tensors are handed over by address, contiguous; None is no tensor.
+        """
+        kept = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+        plain = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in kept]
+        name = name.format(TYPES[like.dtype])
+        self._launch(name, like.device, blocks, threads, tuple(plain), shared)
+
+    def _each(self, name: str, count: int, like: Tensor, *arguments: Tensor | float) -> None:
         """Run a kernel whose threads take their shares of so many entries."""
         blocks = min(-(-count // _THREADS), _MOST_BLOCKS)
-        self._launch(name, like.device, blocks, _THREADS, arguments)
+        self._run(name, like, blocks, _THREADS, *arguments)
 
     def nearest_embedding(self, logits: Tensor, labels: Tensor, margin: float) -> Tensor:
         """Return what `frfx.nearest_embedding` does, for classes in the last dimension."""
-        logits = logits.contiguous()
-        labels = labels.to(logits.device, torch.int64).contiguous()
-        result = torch.empty_like(logits)
-        classes = logits.shape[-1]
-        samples, a_block = logits.numel() // classes, 4
-        arguments = (
-            logits.data_ptr(),
-            labels.data_ptr(),
-            result.data_ptr(),
-            samples,
-            classes,
-            float(margin),
-        )
-        name = f"nearest_embedding<{TYPES[logits.dtype]}>"
-        self._launch(name, logits.device, -(-samples // a_block), 32 * a_block, arguments)
+        result, labels = _like(logits), labels.to(logits.device, torch.int64)
+        samples, a_block = labels.numel(), 4
+        self._run(
+            "nearest_embedding<{}>", logits, -(-samples // a_block), 32 * a_block,
+            logits, labels, result, samples, logits.shape[-1], float(margin),
+        )  # fmt: skip
         return result
 
     def preimage(
         self, functor: str, target: Tensor, output: Tensor, x: Tensor, limits: tuple[float, float]
     ) -> Tensor:
         """Return the nearest preimage under an activation, by its functor in activation.cu."""
-        target, output, x = target.contiguous(), output.contiguous(), x.contiguous()
-        result = torch.empty_like(target)
-        addresses = (t.data_ptr() for t in (target, output, x, result))
-        arguments = (*addresses, x.numel(), *map(float, limits))
-        self._each(f"preimage<{TYPES[x.dtype]}, {functor}>", x.numel(), arguments, x)
+        result, ends = _like(x), map(float, limits)
+        self._each(
+            f"preimage<{{}}, {functor}>", x.numel(), x, target, output, x, result, x.numel(), *ends
+        )
         return result
 
     def max_unpool(
-        self, target: Tensor, x: Tensor, windows: tuple[Windows, Windows], *, minimal: bool,
+        self, target: Tensor, x: Tensor, rows: Windows, columns: Windows, *, minimal: bool,
         disjoint: bool, complete: bool,
     ) -> Tensor:  # fmt: skip
         """Return an image whose windows have the target as their maximum.
@@ -110,28 +119,25 @@ class Kernels:
         Args:
             target: Shape (N, C, *count); every window must have an entry whose bound is its target.
             x: The forward image, (N, C, *size).
-            windows: Along both dimensions.
+            rows, columns: The windows along either dimension.
             minimal: Whether it is the nearest one, or every entry takes its bound.
             disjoint: Whether no window reaches into another.
             complete: Whether every entry is read by a window.
         """
-        target, x = target.contiguous(), x.contiguous()
-        geometry = (*windows[0].arguments(), *windows[1].arguments())
-        kind, nearest = TYPES[x.dtype], str(minimal).lower()
+        kind = str(minimal).lower()
 
         def run(name: str, count: int, *tensors: Tensor) -> None:
-            addresses = (t.data_ptr() for t in tensors)
-            self._each(name, count, (*addresses, count, *geometry), x)
+            self._each(name, count, x, *tensors, count, *rows, *columns)
 
+        x = x.contiguous()
+        result = x.clone() if disjoint and not complete else _like(x)
         if disjoint:
-            result = torch.empty_like(x) if complete else x.clone()
-            run(f"unpool_tiles<{kind}, {nearest}>", target.numel(), target, x, result)
+            run(f"unpool_tiles<{{}}, {kind}>", target.numel(), target, x, result)
             return result
-        result = torch.empty_like(x)
-        bounds = torch.empty_like(x) if minimal else x
-        run(f"unpool_bounds<{kind}, {nearest}>", x.numel(), target, x, bounds, result)
+        bounds = _like(x) if minimal else x
+        run(f"unpool_bounds<{{}}, {kind}>", x.numel(), target, x, bounds, result)
         if minimal:
-            run(f"unpool_tops<{kind}>", target.numel(), target, x, bounds, result)
+            run("unpool_tops<{}>", target.numel(), target, x, bounds, result)
         return result
 
     def circular_map(
@@ -150,13 +156,11 @@ class Kernels:
         n = source.shape[0]
         size = plane.result[5 - source.ndim :]  # of one dimension, without the height of one
         result = source.new_empty(n, groups, rows, *size)
-        kept, addresses = _addresses(source, minus, plus, circular.matrices, plane.tables, result)
-        sizes = (*plane.size, *plane.source, *plane.result, circular.buffers[0])
-        name = f"circular_map<{TYPES[source.dtype]}>"
-        arguments = (*addresses, groups, rows, columns, *sizes)
-        blocks = n * groups
-        self._launch(name, source.device, blocks, circular.threads, arguments, circular.shared)
-        del kept
+        self._run(
+            "circular_map<{}>", source, n * groups, circular.threads,
+            source, minus, plus, circular.matrices, plane.tables, result,
+            groups, rows, columns, *plane.sizes, circular.buffers[0], shared=circular.shared,
+        )  # fmt: skip
         return result
 
     def spectra(self, plane: Plane, a_block: int, source: Tensor, minus: Tensor | None) -> Tensor:
@@ -171,64 +175,56 @@ class Kernels:
         Returns:
             Shape (F, images), complex.
         """
-        images = source.shape[:-2].numel()
-        frequencies = plane.size[0] * plane.half
+        frequencies, images = plane.size[0] * plane.half, len(source)
         result = source.new_empty(frequencies, images, dtype=source.dtype.to_complex())
-        kept, addresses = _addresses(source, minus, plane.tables, result)
-        arguments = (*addresses, images, a_block)
-        there, work = plane.there(a_block), plane.work_there(a_block)
-        self._transform("spectra", plane, source, images, a_block, arguments, there, work)
-        del kept
+        tensors = (source, minus, plane.tables, result)
+        self._transform("spectra<{}>", source, plane, images, a_block, tensors, back=False)
         return result
 
     def images_of(self, plane: Plane, a_block: int, spectra: Tensor, plus: Tensor | None) -> Tensor:
         """Return the images of half spectra (F, images), plus `plus` (images, h, w) if there is."""
         images = spectra.shape[1]
-        dtype = spectra.dtype.to_real()
-        result = spectra.new_empty(images, *plane.result, dtype=dtype)
-        kept, addresses = _addresses(spectra, plus, plane.tables, result)
-        arguments = (*addresses, images, a_block)
-        back, work = plane.back(a_block), plane.work_back(a_block)
-        self._transform("images_of", plane, result, images, a_block, arguments, back, work)
-        del kept
+        result = spectra.new_empty(images, *plane.result, dtype=spectra.dtype.to_real())
+        tensors = (spectra, plus, plane.tables, result)
+        self._transform("images_of<{}>", result, plane, images, a_block, tensors, back=True)
         return result
 
     def _transform(
-        self, name: str, plane: Plane, like: Tensor, images: int, a_block: int,
-        arguments: tuple[int, ...], buffers: tuple[int, int], work: list[tuple[int, int]],
+        self, name: str, like: Tensor, plane: Plane, images: int, a_block: int,
+        tensors: tuple[Tensor | None, ...], *, back: bool,
     ) -> None:  # fmt: skip
-        even = buffers[0] + buffers[0] % 2
-        sizes = (*plane.size, *plane.source, *plane.result, even)
-        shared = (even + buffers[1]) * plane.tables.element_size()
-        blocks = -(-images // a_block)
-        self._launch(
-            f"{name}<{TYPES[like.dtype]}>", like.device, blocks, threads_for(work),
-            (*arguments, *sizes), shared,
+        even, odd = (plane.back if back else plane.there)(a_block)
+        work = (plane.work_back if back else plane.work_there)(a_block)
+        even += even % 2
+        self._run(
+            name, like, -(-images // a_block), threads_for(work),
+            *tensors, images, a_block, *plane.sizes, even,
+            shared=(even + odd) * plane.tables.element_size(),
         )  # fmt: skip
 
     def transpose(self, matrix: Tensor) -> Tensor:
         """Return a complex matrix (m, n) as a contiguous one (n, m)."""
-        matrix = matrix.contiguous()
         rows, columns = matrix.shape
         result = matrix.new_empty(columns, rows)
         tiles = -(-rows // 32) * -(-columns // 32)
-        arguments = (matrix.data_ptr(), result.data_ptr(), rows, columns)
-        name = f"transpose<{TYPES[matrix.dtype.to_real()]}>"
         shared = 32 * 33 * matrix.element_size()
-        self._launch(name, matrix.device, tiles, _THREADS, arguments, shared)
+        real = torch.view_as_real(result)  # for the type
+        self._run(
+            "transpose<{}>", real, tiles, _THREADS, matrix, result, rows, columns, shared=shared
+        )
         return result
 
     def residual_on_grid(self, target: Tensor, output: Tensor, size: tuple[int, int]) -> Tensor:
         """Return `target - output`, (..., h, w), in the corner of zeros (..., *size)."""
-        target, output = target.contiguous(), output.contiguous()
-        result = target.new_empty(*target.shape[:-2], *size)
-        addresses = (t.data_ptr() for t in (target, output, result))
-        arguments = (*addresses, result.numel(), *size, *target.shape[-2:])
-        self._each(f"residual_on_grid<{TYPES[target.dtype]}>", result.numel(), arguments, target)
+        result, count = target.new_empty(*target.shape[:-2], *size), target.shape[:-2].numel()
+        count *= size[0] * size[1]
+        self._each(
+            "residual_on_grid<{}>", count, target,
+            target, output, result, count, *size, *target.shape[-2:],
+        )  # fmt: skip
         return result
 
 
-def _addresses(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
-    """Return the tensors, contiguous, to be kept until the launch, and where they lie, or 0."""
-    kept = [None if t is None else t.contiguous() for t in tensors]
-    return kept, [0 if t is None else t.data_ptr() for t in kept]
+def _like(x: Tensor) -> Tensor:
+    """Return an empty tensor of the same shape, contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

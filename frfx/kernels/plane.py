@@ -57,6 +57,11 @@ class Plane:
         return self.size[1] // 2 + 1
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The six sizes, in the order in which the kernels take them."""
+        return *self.size, *self.source, *self.result
+
+    @property
     def nbytes(self) -> int:
         """The memory of the tables, in bytes."""
         return self.tables.numel() * self.tables.element_size()

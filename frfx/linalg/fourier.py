@@ -181,7 +181,12 @@ class FourierMap:
         """
         if self.by_kernels is not None and self.by_kernels.serve(source, minus, plus):
             return self.by_kernels(source, minus, plus)
-        return self.backend.run(self._apply, source, minus, plus)
+        if not is_recorded(source, minus, plus):
+            return self.backend.run(self._apply, source, minus, plus)
+        # Step by step: nothing in place, and what another library detaches is the map alone.
+        residual = source if minus is None else source - minus
+        image = self.backend.run(self._apply, residual, None, None)
+        return image if plus is None else plus + image
 
     def _apply(self, source: Any, minus: Any, plus: Any) -> Any:
         """Apply the map to parts of the batch: what is between the steps stays in caches."""
@@ -189,7 +194,7 @@ class FourierMap:
         n = source.shape[0]
         most = n if self.form == "matrix" else self.samples_at_once()
         most = -(-n // -(-n // most)) if n else 1  # parts of one size
-        in_place = plus is not None and n > most and not self._recorded(source, minus, plus)
+        in_place = plus is not None and n > most and isinstance(plus, Tensor)
         whole = torch.empty_like(plus) if in_place else None
         parts = []
         for i in range(0, max(n, 1), most):
@@ -203,17 +208,14 @@ class FourierMap:
         return _join(self.backend.namespace, parts, axis=0) if whole is None else whole
 
     def _residual(self, target: Any, output: Any) -> Any:
-        """Return `target - output`; for fast transforms on the grid, where that may be done."""
+        """Return `target - output`; of torch's, for fast transforms, on the grid."""
         grid = self.grid
-        if self.form != "fft" or grid.size == grid.source or self._recorded(target, output):
+        if self.form != "fft" or grid.size == grid.source or not isinstance(target, Tensor):
             return target - output
         padded = target.new_zeros(*target.shape[:3], *grid.size)
-        torch.sub(target, output, out=padded[(..., *map(slice, grid.source))])
+        corner = (slice(None),) * 3 + tuple(slice(n) for n in grid.source)
+        torch.sub(target, output, out=padded[corner])
         return padded
-
-    def _recorded(self, *arrays: Any) -> bool:
-        """Tell whether nothing may be written in place; other libraries' arrays are not torch's."""
-        return not isinstance(arrays[0], Tensor) or is_recorded(*arrays)
 
     def _by_form(self, x: Any) -> Any:
         xp = self.backend.namespace

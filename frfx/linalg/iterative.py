@@ -20,6 +20,7 @@ from frfx.linalg.pseudo_inverse import (
     solve_dtype,
 )
 from frfx.linalg.spectral import FACTOR_MEMORY, SpectralFactor
+from frfx.recording import is_capturing
 
 TOLERANCE = 1e-2
 """Default bound on the relative residual of the normal equations."""
@@ -217,14 +218,6 @@ def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):
         p = z + _like(torch.where(sound, following / rz.clamp(min=tiny), 0.0), z) * p
         rz = following
     return found, Convergence(best.detach(), steps, best.detach() <= tolerance)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Return whether a CUDA graph records what is computed on a device: nothing may wait for it."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 class _News:

@@ -20,7 +20,6 @@ from frfx.linalg.pseudo_inverse import (
     pseudo_inverse,
     solve_dtype,
 )
-from frfx.recording import is_recorded
 
 FACTOR_MEMORY = 1 << 29
 """Default bound, in bytes, on the factor of one convolution."""
@@ -119,7 +118,7 @@ class SpectralFactor(Factor):
         """Return `x + solve(target - output)`."""
         blocked = math.prod(self.model.operator.stride) > 1
         mixed = not x.dtype == target.dtype == output.dtype == self.dtype
-        if blocked or self._gram is not None or mixed or is_recorded(x, target, output):
+        if blocked or self._gram is not None or mixed:
             return super().correct(x, target, output)
         n, groups = len(x), self.model.groups
         target, output = (t.reshape(n, groups, -1, *t.shape[2:]) for t in (target, output))

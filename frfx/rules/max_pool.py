@@ -69,7 +69,7 @@ class MaxPoolInversion(Inversion):
             return None
         rows = windows[0] if len(windows) == 2 else Windows(1, 1, 1, 1, 0, 1)
         return kernels.max_unpool(
-            target, x, (rows, windows[-1]), minimal=minimal,
+            target, x, rows, windows[-1], minimal=minimal,
             disjoint=all(axis.disjoint for axis in axes),
             complete=all(axis.complete for axis in axes),
         )  # fmt: skip

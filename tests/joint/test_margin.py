@@ -237,3 +237,21 @@ def test_two_classes_and_one():
         model, x = linear_tail(0, 4, classes), normal(1, 6, 4)
         y = torch.arange(6) % classes
         assert frfx.measure(frfx.invert(model, 0, policy="joint"), x, y).label_consistency == 1
+
+
+def test_who_is_not_asked_gets_no_correction():
+    """Not even where the gradient is infinite."""
+    constraint = margin.MarginConstraint(
+        lambda a, rows: torch.stack([a.sqrt().sum(1), a.sum(1)], 1),
+        torch.tensor([0, 0]), margin=0.1, slack=1e-3, classes=1,
+    )  # fmt: skip
+    point = constraint.linearise(
+        torch.tensor([[0.0, 0], [4, 9]], dtype=torch.float64), torch.arange(2)
+    )
+    nothing, no = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.bool)
+    zeros, asked = nothing[0], torch.tensor([False, True])
+    found = point.correct(nothing, zeros + 1, nothing, zeros, no, asked)
+    assert found[0].tolist() == [0, 0]
+    row = torch.tensor([1 / 4 - 1, 1 / 6 - 1], dtype=torch.float64)
+    expected = row * (13 - 5 + 0.1) / row.square().sum()
+    torch.testing.assert_close(found[1], expected)
