@@ -108,7 +108,7 @@ class Preparation(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """Return the target, checked and in the precision that the inverse computes in."""
-        if isinstance(x, Tensor) and is_capturing(x.device):  # a CUDA graph, which holds no question to the host
+        if isinstance(x, Tensor) and is_capturing(x.device):  # a graph asks the host nothing
             return target.to(solve_dtype(x.dtype)) if target.is_floating_point() else target
         self.ready(x)
         size = self._size(x)
