@@ -131,7 +131,7 @@ class Solver:
                 factor = solver._dense.prepare(operator)
             return Choice(factor, "dense", f"padded and small: written out as a matrix; {note}")
         model = Polyphase(operator.of if isinstance(operator, Transposed) else operator)
-        frequencies = Grid(model.grid, model.blocks, model.blocks).frequencies("fft")
+        frequencies = Grid(model.grid, model.blocks, model.blocks).frequencies()
         condition = model.spectrum(frequencies, 0.0).condition
         solver, note = self._if_ill_conditioned(condition)
         cuts = self.rcond is not None and self.rcond * condition >= 1  # no iteration could

@@ -46,7 +46,7 @@ class KernelMap:
         entries = math.prod(origin.grid.size) * origin.rows * origin.columns
         memory = kernels.shared_memory(origin.device)
         if plane is not None and entries in _IN_ONE and not origin.streams:
-            found = CircularMap.of(plane, origin.at(origin.grid.frequencies("fft"), "fft"))
+            found = CircularMap.of(plane, origin.at(origin.grid.frequencies(), real=False))
             self.in_one = found if found.shared <= min(_IN_ONE_MEMORY, memory) else None
         self._memory = min(_A_BLOCK, memory)
         if plane is not None and not plane.images(self._memory, 1):

@@ -74,7 +74,7 @@ class SpectralFactor(Factor):
         self._source_in_blocks = transposed if gram != "columns" else not transposed
         self._result_in_blocks = transposed if gram == "rows" else not transposed
         grid = Grid(model.grid, *sizes)
-        frequencies = grid.frequencies("fft")
+        frequencies = grid.frequencies()
         self.spectrum = model.spectrum(frequencies, effective_rcond(cutoff, damping))
         self.map = FourierMap(
             self._inverse,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -192,8 +191,8 @@ def test_sources_of_any_layout(form, layout):
 @given(problem=problems())
 def test_a_map_tells_its_memory(form, backend, problem):
     made = make(problem, form=form, backend=backend, dtype=torch.float32)
-    held = [value for name, value in vars(made).items() if name in ("_kept", "_tables")]
-    arrays = itertools.chain.from_iterable(v if isinstance(v, tuple) else [v] for v in held)
+    held = [value for name, value in vars(made).items() if name in ("_kept",)]
+    arrays = [*held, *(made._dft.tables if made._dft is not None else ())]
     assert made.nbytes == sum(
         a.untyped_storage().nbytes() if isinstance(a, torch.Tensor) else a.nbytes for a in arrays
     )
@@ -211,7 +210,7 @@ def test_a_bound_on_the_memory_holds_whatever_the_form():
 
 
 @given(
-    size=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    size=st.lists(st.integers(1, 300), min_size=1, max_size=3),
     groups=st.sampled_from([1, 3, 64]),
     rows=st.sampled_from([1, 3, 64, 512]),
     columns=st.sampled_from([1, 3, 64, 512]),
@@ -222,7 +221,7 @@ def test_the_form_suits_the_sizes(size, groups, rows, columns):
     entries = groups * rows * columns * math.prod(size) ** 2
     if form == "matrix":
         assert entries <= 1 << 24  # 128 MiB in double
-    if max(size) > 16:
+    if len(size) > 1 and min(size) >= 200:
         assert form == "fft"  # products with large matrices of cosines are no match
     if math.prod(size) == 1 and entries <= 1 << 24:
         assert form == "matrix"  # nothing to transform

@@ -1,0 +1,101 @@
+"""Which of its forms a block-circulant map is the fastest in, by the sizes of its grid."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Form = Literal["matrix", "dft", "fft"]
+
+_MATRIX_UP_TO = 1 << 24
+"""Entries of the whole map as one matrix, at most."""
+
+_MATRIX_ON_GPU_UP_TO = 1 << 21
+"""Entries up to which it is the fastest on a GPU (docs/solvers.md)."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The periodic grid of a map and the corners of it that source and result lie in.
+
+    Attributes:
+        size: The grid's shape.
+        source: The shape of the source.
+        result: The shape of the result.
+    """
+
+    size: tuple[int, ...]
+    source: tuple[int, ...]
+    result: tuple[int, ...]
+
+    @property
+    def half(self) -> tuple[int, ...]:
+        """The shape of the half spectrum of real data: half along the last dimension."""
+        return (*self.size[:-1], self.size[-1] // 2 + 1)
+
+    def frequencies(self, form: Form = "fft") -> Tensor:
+        """Return all frequencies of the half spectrum, shape (F, dims), in cycles a sample.
+
+        Where transforms are products, those of the last dimension vary the slowest.
+        """
+        axes = [
+            torch.arange(f, dtype=torch.float64) / n
+            for f, n in zip(self.half, self.size, strict=True)
+        ]
+        if form == "dft":
+            return torch.cartesian_prod(axes[-1], *axes[:-1]).reshape(-1, len(axes)).roll(-1, 1)
+        return torch.cartesian_prod(*axes).reshape(-1, len(axes))
+
+
+def choose_form(grid: Grid, groups: int, rows: int, columns: int) -> Form:
+    """Return the form that is the fastest for these sizes on a CPU, by a model of what it costs.
+
+    The model counts nanoseconds of a core a sample. What decides is the ratio of its numbers: the
+    rate of large and small products, and the time that an entry takes to be transformed or moved.
+    """
+    source, result = math.prod(grid.source), math.prod(grid.result)
+    whole = rows * result * columns * source
+    entries = source * columns + result * rows
+    product = 8 * math.prod(grid.half) * rows * columns / 80
+    by_fft = entries * sum(map(_fast, grid.size)) / 2 + product
+    by_fft += (0.4 if rows == columns == 1 else 1.7) * entries  # channels alone stay where they are
+    by_dft = _transforms(grid, rows, columns) + product + 0.6 * entries
+    fits = groups * whole <= _MATRIX_UP_TO
+    costs: dict[Form, float] = {"dft": by_dft, "fft": by_fft}
+    if fits:
+        costs["matrix"] = 2 * whole / 150
+    return min(costs, key=costs.__getitem__)
+
+
+def _transforms(grid: Grid, rows: int, columns: int) -> float:
+    """Return what the transforms of a sample cost as products with matrices."""
+    cost, left, right, done = 0.0, math.prod(grid.source), math.prod(grid.result), 1
+    for i in (-1, *range(len(grid.size) - 1)):
+        n, f, source, result = grid.size[i], grid.half[i], grid.source[i], grid.result[i]
+        rate = 130 * n / (n + 10)  # small matrices are multiplied slowly
+        complex_step = 1 if i == -1 else 2
+        left, right = left // source, right // result
+        cost += 4 * complex_step * done * f * source * left * columns / rate
+        cost += 4 * complex_step * done * f * result * right * rows / rate
+        done *= f
+    return cost
+
+
+def _fast(n: int) -> float:
+    """Return what fast transforms of a length cost an entry, there and back."""
+    if n % 16 == 0:
+        return 1.5
+    for prime in (2, 3, 5, 7, 11, 13):
+        while n % prime == 0:
+            n //= prime
+    return 2.5 if n == 1 else 6.5
+
+
+def choose_form_on_gpu(grid: Grid, groups: int, rows: int, columns: int) -> Form:
+    """Return the form that is the fastest for these sizes on a GPU, where launches count."""
+    entries = groups * rows * columns * math.prod(grid.source) * math.prod(grid.result)
+    return "matrix" if entries <= _MATRIX_ON_GPU_UP_TO else "fft"
