@@ -79,7 +79,9 @@ def _steps(scratch: Scratch | None) -> tuple[Any, Any]:
 
 
 def _tables(grid: Grid, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Return the real matrices of the transforms there, then of those back, the last dimension's first.
+    """Return the real matrices of the transforms there, then of those back.
+
+    The last dimension's come first.
 
     There: the first takes (source,) to (F, 2), the others (2, source) to (F, 2); the pair is real
     and imaginary part. Back: the others take (F, 2) to (2, result); the first is transposed, and

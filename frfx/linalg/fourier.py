@@ -174,7 +174,8 @@ class FourierMap:
         self._make_ready()
         source = cast(Tensor, given[0])
         whole = source.new_empty(len(source), self.groups, self.rows, *self.grid.result)
-        entries, padded = 0, self.grid.size  # fast transforms have memory of their own
+        entries = 0  # fast transforms have memory of their own
+        padded: tuple[int, ...] | None = self.grid.size
         if self.form == "dft":
             spectrum = 2 * math.prod(self.grid.half) * self.groups * max(self.rows, self.columns)
             entries, padded = min(len(source), self.samples_at_once()) * spectrum, None
@@ -189,7 +190,7 @@ class FourierMap:
         return whole
 
     def _parts(self, given: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-        """Yield parts of the batch, of about one size: what is between the steps stays in caches."""
+        """Yield parts of the batch, of about one size, that stay in the cache between the steps."""
         n = given[0].shape[0]
         most = max(n, 1) if self.form == "matrix" else self.samples_at_once()
         if n <= most:

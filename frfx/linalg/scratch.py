@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Scratch:
-    """Two blocks of memory: what one step writes to the one, the next reads and writes to the other.
+    """Two blocks of memory: what a step writes to the one, the next reads and writes to the other.
 
     A value is there until the second step after the one that made it.
 

@@ -22,7 +22,7 @@ from frfx import vocabulary
 from frfx.errors import RegistryError
 from frfx.ops import Op, OpType, Shape
 from frfx.registry import register_rule
-from frfx.rules import preimage
+from frfx.rules import dip, preimage
 from frfx.rules.base import FactoredInversion, Inversion, Rule, one_input
 from frfx.rules.shape import PassThrough
 
@@ -238,9 +238,9 @@ _enter(vocabulary.softplus, preimage.softplus, preimage.softplus_range)
 _enter(vocabulary.leaky_relu, preimage.leaky_relu)
 _enter(vocabulary.sin, preimage.sin, (-1, 1), attained=True, principle="minimal")
 _dip = functools.partial(_enter, attained=True)
-_dip(vocabulary.silu, preimage.silu, (preimage.SILU.minimum, math.inf), functor="Dip<Silu>")
-_dip(vocabulary.gelu, preimage.gelu, preimage.gelu_range, functor=_gelu_functor)
-_dip(vocabulary.mish, preimage.mish, (preimage.MISH.minimum, math.inf), functor="Dip<Mish>")
+_dip(vocabulary.silu, dip.silu, (dip.SILU.minimum, math.inf), functor="Dip<Silu>")
+_dip(vocabulary.gelu, dip.gelu, dip.gelu_range, functor=_gelu_functor)
+_dip(vocabulary.mish, dip.mish, (dip.MISH.minimum, math.inf), functor="Dip<Mish>")
 _enter(vocabulary.hardswish, preimage.hardswish, (-0.375, math.inf), attained=True)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def identity(y: Tensor, x: Tensor, **_: Any) -> Tensor:
@@ -132,93 +130,3 @@ def hardswish(y: Tensor, x: Tensor) -> Tensor:
     left = torch.where(y == 0, x.clamp(max=-3), (-root - 3) / 2)
     closer = (left - x).abs() < (right - x).abs()
     return torch.where((y <= 0) & closer, left, right)
-
-
-@dataclass(frozen=True)
-class Dip:
-    """A function that falls to one minimum and rises from there: SiLU, GELU, Mish.
-
-    Attributes:
-        function: The function.
-        derivative: Its derivative.
-        argmin: Where the minimum lies.
-        minimum: Its value.
-    """
-
-    function: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
-    argmin: float
-    minimum: float
-
-    def nearest(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return the nearest preimage; two exist for negative y, one otherwise."""
-        floor = torch.full_like(y, self.argmin)
-        # f(v) > v - 0.5 for v > 0, and f(0) = 0.
-        right = self._root(y, floor, y.clamp(min=0) + 0.5)
-        left = self._root(y, torch.full_like(y, self._far_left(y.dtype)), floor)
-        closer = (left - x).abs() < (right - x).abs()
-        return torch.where((y < 0) & closer, left, right)
-
-    def _far_left(self, dtype: torch.dtype) -> float:
-        """Return a point left of which the function is zero to the precision of the type."""
-        return -750.0 if dtype == torch.float64 else -105.0
-
-    def _root(self, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Find f(v) = y between two points by Newton's steps, bisecting where they leave.
-
-        A fixed count of steps: nothing is read back from the device.
-        """
-        rises = self.function(high) > self.function(low)
-        v = (low + high) / 2
-        for _ in range(64 if y.dtype == torch.float64 else 40):
-            error = self.function(v) - y
-            above = (error > 0) == rises
-            low, high = torch.where(above, low, v), torch.where(above, v, high)
-            newton = v - error / self.derivative(v)
-            middle = low + (high - low) / 2  # the sum of both may exceed the type
-            v = torch.where((newton > low) & (newton < high), newton, middle)
-        return v
-
-
-def _silu_derivative(v: Tensor) -> Tensor:
-    s = torch.sigmoid(v)
-    return s * (1 + v * (1 - s))
-
-
-def _gelu_derivative(v: Tensor) -> Tensor:
-    density = torch.exp(-v.square() / 2) / math.sqrt(2 * math.pi)
-    return torch.special.ndtr(v) + v * density
-
-
-def _gelu_tanh(v: Tensor) -> Tensor:
-    return F.gelu(v, approximate="tanh")
-
-
-def _gelu_tanh_derivative(v: Tensor) -> Tensor:
-    scale = math.sqrt(2 / math.pi)
-    t = torch.tanh(scale * (v + 0.044715 * v**3))
-    return (1 + t) / 2 + v / 2 * (1 - t.square()) * scale * (1 + 3 * 0.044715 * v.square())
-
-
-def _mish_derivative(v: Tensor) -> Tensor:
-    t = torch.tanh(F.softplus(v))
-    return t + v * (1 - t.square()) * torch.sigmoid(v)
-
-
-# The minima, to the last digit of a double.
-SILU = Dip(F.silu, _silu_derivative, -1.2784645427610738, -0.27846454276107380)
-GELU = Dip(F.gelu, _gelu_derivative, -0.7517915246935645, -0.16997120747990369)
-GELU_TANH = Dip(_gelu_tanh, _gelu_tanh_derivative, -0.7524614220710162, -0.17004075057125413)
-MISH = Dip(F.mish, _mish_derivative, -1.1924312145154237, -0.30884341301725043)
-
-silu, mish = SILU.nearest, MISH.nearest
-
-
-def gelu(y: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
-    """The nearest preimage under either form of GELU."""
-    return (GELU_TANH if approximate == "tanh" else GELU).nearest(y, x)
-
-
-def gelu_range(approximate: str = "none") -> tuple[float, float]:
-    """The range of either form of GELU."""
-    return (GELU_TANH if approximate == "tanh" else GELU).minimum, math.inf

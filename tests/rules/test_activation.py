@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import frfx
+from frfx.rules import dip as dips
 
 INF = math.inf
 aten = torch.ops.aten
@@ -403,6 +404,27 @@ def test_large_magnitudes_never_give_nan(name, dtype):
     assert not found.isnan().any()
     if name not in ("asinh", "leaky_relu", "prelu"):  # there the preimage exceeds the type itself
         assert found.isfinite().all()
+
+
+DIPS = {"silu": dips.SILU, "mish": dips.MISH, "gelu": dips.GELU, "gelu, tanh": dips.GELU_TANH}
+
+
+@each_dtype
+@pytest.mark.parametrize("name", DIPS)
+def test_a_dips_roots_are_those_that_autograd_records(name, dtype):
+    # Entry by entry in as many steps as each takes, or all in a fixed count of them.
+    dip = DIPS[name]
+    x, y = 2 * normal(0, 40, 50).to(dtype), 2 * normal(1, 40, 50).to(dtype)
+    y.clamp_(min=dip.minimum)
+    found = dip.nearest(y, x)
+    recorded = dip.nearest(y, x.clone().requires_grad_()).detach()
+    resolution = torch.finfo(dtype).eps
+    for roots in (found, recorded):  # torch loses the left tail of GELU
+        reached = ACTIVATIONS[name].on(roots.double().numpy())
+        np.testing.assert_allclose(reached, y, rtol=4 * resolution, atol=8 * resolution)
+    # At the minimum half of the digits of a root are lost.
+    torch.testing.assert_close(found, recorded, rtol=0, atol=8 * resolution**0.5)
+    assert dip.nearest(y[:0], x[:0]).shape == (0, 50)
 
 
 SPELLINGS = [
