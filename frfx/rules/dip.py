@@ -71,7 +71,8 @@ class Dip:
     def _root_of_each(self, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Find the same, every entry in as many steps as it takes."""
         shape, found = y.shape, torch.full_like(y, self.argmin).flatten()
-        index = (y > self.minimum).flatten().nonzero().squeeze(1)
+        index = (y <= self.minimum).logical_not_().flatten()  # with what is not a number
+        index = index.nonzero().squeeze(1)
         y, low, high = (t.flatten()[index] for t in (y, low, high))
         rises = self.function(high) > self.function(low)
         # The parabola at the minimum is met to the side that the bounds are on.
@@ -86,6 +87,8 @@ class Dip:
                 found[index] = v
                 going = going.nonzero().squeeze(1)
                 index, y, v, low, high, rises = (t[going] for t in (index, y, v, low, high, rises))
+            if not len(index):
+                break
         found[index] = v
         return found.view(shape)
 
