@@ -9,7 +9,6 @@ from torch import Tensor
 
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.dense import Dense, written_out_bytes
-from frfx.linalg.fourier import Grid
 from frfx.linalg.iterative import (
     MAX_STEPS,
     TOLERANCE,
@@ -131,14 +130,14 @@ class Solver:
                 factor = solver._dense.prepare(operator)
             return Choice(factor, "dense", f"padded and small: written out as a matrix; {note}")
         model = Polyphase(operator.of if isinstance(operator, Transposed) else operator)
-        frequencies = Grid(model.grid, model.blocks, model.blocks).frequencies()
-        condition = model.spectrum(frequencies, 0.0).condition
+        spectrum = model.spectrum(0.0)
+        condition = spectrum.condition
         solver, note = self._if_ill_conditioned(condition)
         cuts = self.rcond is not None and self.rcond * condition >= 1  # no iteration could
         if (condition <= _WELL_CONDITIONED or self.damping) and not cuts:
-            factor = solver._iterative.prepare(operator, backend)
+            factor = solver._iterative.prepare(operator, backend, spectrum)
             return Choice(factor, "iterative", f"padded: the circular model, refined; {note}")
-        factor = solver._spectral.prepare(operator, backend)
+        factor = solver._spectral.prepare(operator, backend, spectrum)
         return Choice(factor, "spectral", f"padded: the circular model, not refined; {note}")
 
     def _if_ill_conditioned(self, condition: float) -> tuple[Solver, str]:

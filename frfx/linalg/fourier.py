@@ -241,8 +241,9 @@ class FourierMap:
                 out[:, part, self.rows :, self.columns :] = values.real
             else:
                 out[:, part] = values
-        # Fast transforms back do not divide by the size of the grid.
-        return out if real else out.div_(math.prod(self.grid.size))
+        if not real:  # fast transforms back do not divide by the size of the grid
+            torch.view_as_real(out).div_(math.prod(self.grid.size))
+        return out
 
     def chunks(self) -> Iterator[tuple[slice, Any]]:
         """Yield the matrices, all at once if they are kept."""
@@ -259,15 +260,18 @@ class FourierMap:
 
     def _dense(self) -> Tensor:
         """Return the whole map, shape (G, c * source, c' * result)."""
-        by_fft = FourierMap(
-            self._matrices, self.grid, groups=self.groups, rows=self.rows, columns=self.columns,
-            dtype=torch.float64, device=self.device, form="fft",
-        )  # fmt: skip
-        entries = self.columns * math.prod(self.grid.source)
-        basis = torch.eye(entries, dtype=torch.float64, device=self.device)
-        basis = basis.view(entries, 1, self.columns, *self.grid.source)
-        images = by_fft(basis.expand(-1, self.groups, *basis.shape[2:]))
-        return images.flatten(2).transpose(0, 1).to(self.dtype).contiguous()
+        grid = self.grid
+        axes = tuple(range(3, 3 + len(grid.size)))
+        matrices = self._matrices(grid.frequencies()).movedim(1, -1)
+        response = torch.fft.irfftn(matrices.unflatten(-1, grid.half), s=grid.size, dim=axes)
+        # What an entry sends to another depends on the way between the two.
+        way = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        for n, source, result in zip(grid.size, grid.source, grid.result, strict=True):
+            start = torch.arange(source, device=self.device)[:, None]
+            along = (torch.arange(result, device=self.device) - start) % n
+            way = (n * way[:, None, :, None] + along[:, None]).flatten(2).flatten(0, 1)
+        whole = response.to(self.dtype).flatten(3)[..., way]  # (G, c', c, source, result)
+        return whole.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2).contiguous()
 
     def _by_matrix(self, xp: Namespace, x: Any) -> Any:
         shape = (x.shape[0], self.groups, self.rows, *self.grid.result)

@@ -283,9 +283,12 @@ class Iterative:
     name = "iterative"
 
     def prepare(
-        self, operator: Matrix | Convolution | Transposed, backend: Backend = torch_backend
+        self,
+        operator: Matrix | Convolution | Transposed,
+        backend: Backend = torch_backend,
+        spectrum: Spectrum | None = None,
     ) -> IterativeFactor:
-        """Make the preconditioner."""
+        """Make the preconditioner, from a model whose spectrum may be known."""
         scale = float(_entries(operator).abs().amax()) or 1.0
         operator = _scaled(operator, scale)
         damping = max(self.damping, torch.finfo(_entries(operator).dtype).eps)
@@ -301,6 +304,7 @@ class Iterative:
                 damping=max(damping, _PRECONDITIONER_DAMPING),
                 gram="rows" if dual else "columns",
                 memory=self.memory,
+                spectrum=None if spectrum is None else spectrum / scale,
                 backend=backend,
             )
             spectrum = preconditioner.spectrum

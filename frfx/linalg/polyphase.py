@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from frfx.linalg.form import Grid
 from frfx.linalg.operators import Convolution
 from frfx.linalg.pseudo_inverse import Spectrum, singular_values
 
@@ -86,15 +87,15 @@ class Polyphase:
             sizes.append(max(blocks, out + last) - min(0, first))
         return tuple(sizes)
 
-    def matrices(self, frequencies: Tensor) -> Tensor:
-        """Return the operator at frequencies (F, dims): (G, F, rows, columns), complex128.
+    def matrices(self, frequencies: Tensor, scale: float = 1.0) -> Tensor:
+        """Return the operator over a scale at frequencies: (G, F, rows, columns), complex128.
 
         `z^(u) = sum_m K[m] exp(2 pi i u m) x^(u)` over the taps m: Eq. 12, where the flip of Eq. 10
         and the padding on the left are the same shift of the result.
         """
         angle = self._angles(frequencies)
         cosine, sine = angle.cos(), angle.sin()
-        kernel = self._by_tap
+        kernel = self._by_tap / scale
         shape = (len(frequencies), self.groups, self.rows, -1)
         parts = []
         for phase in range(math.prod(self.operator.stride)):
@@ -169,7 +170,7 @@ class Polyphase:
             return x
         return x.reshape(n, -1, *self.blocks)
 
-    def spectrum(self, frequencies: Tensor, rcond: float) -> Spectrum:
+    def spectrum(self, rcond: float) -> Spectrum:
         """Return the singular values in short.
 
         Of large models, from a sample of the frequencies: those of the largest Frobenius norm,
@@ -177,9 +178,9 @@ class Polyphase:
         known of them is then an estimate.
 
         Args:
-            frequencies: All of the half spectrum.
             rcond: Singular values up to this share of the largest count as zero.
         """
+        frequencies = Grid(self.grid, self.grid, self.grid).frequencies()
         rows, columns = self.rows, self.columns
         work = self.groups * rows * columns * min(rows, columns)
         few = min(256, max(8, _SAMPLED_WORK // work))
@@ -188,13 +189,14 @@ class Polyphase:
             largest = torch.topk(norms, few // 2).indices.to(frequencies.device)
             spread = torch.linspace(0, len(frequencies) - 1, few // 2, device=frequencies.device)
             frequencies = frequencies[torch.cat([largest, spread.long()]).unique()]
-        values = [singular_values(matrices) for matrices in self.chunks(frequencies)]
-        top = max(float(v.amax()) for v in values)
-        bottom = min(float(v.amin()) for v in values)
-        return Spectrum(top, bottom, deficient=not bottom > rcond * top)
+        scale = float(self.operator.kernel.abs().amax()) or 1.0  # the squares are within the range
+        values = [singular_values(matrices) for matrices in self._chunks(frequencies, scale)]
+        top = scale * max(float(v.amax()) for v in values)
+        bottom = scale * min(float(v.amin()) for v in values)
+        return Spectrum(top, bottom, deficient=False).cut_off(rcond)
 
-    def chunks(self, frequencies: Tensor) -> Iterator[Tensor]:
+    def _chunks(self, frequencies: Tensor, scale: float) -> Iterator[Tensor]:
         """Yield the matrices at frequencies, a bounded number at a time."""
         entries = self.groups * self.rows * self.columns
         for part in frequencies.split(max(1, _CHUNK // entries)):
-            yield self.matrices(part)
+            yield self.matrices(part, scale)

@@ -15,6 +15,7 @@ from frfx.linalg.operators import Convolution, Transposed
 from frfx.linalg.polyphase import Polyphase
 from frfx.linalg.pseudo_inverse import (
     Factor,
+    Spectrum,
     default_rcond,
     effective_rcond,
     pseudo_inverse,
@@ -37,6 +38,7 @@ class SpectralFactor(Factor):
         damping: See `pseudo_inverse`.
         gram: Invert the Gram matrix of the rows or the columns instead, as a preconditioner does.
         memory: Bound in bytes on what is kept.
+        spectrum: The singular values of the model where they are known.
         backend: The array library that applies it.
 
     Attributes:
@@ -54,6 +56,7 @@ class SpectralFactor(Factor):
         damping: float,
         gram: Literal["rows", "columns"] | None = None,
         memory: float = FACTOR_MEMORY,
+        spectrum: Spectrum | None = None,
         backend: Backend = torch_backend,
     ) -> None:
         transposed = isinstance(operator, Transposed)
@@ -74,8 +77,8 @@ class SpectralFactor(Factor):
         self._source_in_blocks = transposed if gram != "columns" else not transposed
         self._result_in_blocks = transposed if gram == "rows" else not transposed
         grid = Grid(model.grid, *sizes)
-        frequencies = grid.frequencies()
-        self.spectrum = model.spectrum(frequencies, effective_rcond(cutoff, damping))
+        rcond = effective_rcond(cutoff, damping)
+        self.spectrum = model.spectrum(rcond) if spectrum is None else spectrum.cut_off(rcond)
         self.map = FourierMap(
             self._inverse,
             grid,
@@ -90,7 +93,8 @@ class SpectralFactor(Factor):
 
     def _inverse(self, frequencies: Tensor) -> Tensor:
         scale = self.spectrum.largest or 1.0
-        matrices = self.model.matrices(frequencies) / scale  # whose squares are within the range
+        # Over the scale, whose squares are within the range.
+        matrices = self.model.matrices(frequencies, scale)
         if self._damping >= _SINGLE_DAMPING and self.dtype == torch.float32:
             matrices = matrices.to(torch.complex64)
         inverse, _ = pseudo_inverse(
@@ -101,7 +105,9 @@ class SpectralFactor(Factor):
             scale=1.0,
             gram=self._gram,
         )
-        return inverse / (scale if self._gram is None else scale**2)
+        # Of complex numbers themselves, division by a real one is several times slower.
+        torch.view_as_real(inverse).div_(scale if self._gram is None else scale**2)
+        return inverse
 
     def solve(self, residual: Tensor) -> Tensor:
         """Map residuals (N, *out_shape) to deviations (N, *in_shape)."""
@@ -158,9 +164,12 @@ class Spectral:
     name = "spectral"
 
     def prepare(
-        self, operator: Convolution | Transposed, backend: Backend = torch_backend
+        self,
+        operator: Convolution | Transposed,
+        backend: Backend = torch_backend,
+        spectrum: Spectrum | None = None,
     ) -> SpectralFactor:
-        """Factor a convolution, or the transpose of one, for one spatial shape."""
+        """Factor a convolution, or the transpose of one, whose spectrum may be known."""
         kernel = operator.kernel
         cutoff = default_rcond(kernel.dtype, max(kernel.shape[:2]))
         return SpectralFactor(
@@ -168,5 +177,6 @@ class Spectral:
             cutoff=cutoff if self.rcond is None else self.rcond,
             damping=self.damping,
             memory=self.memory,
+            spectrum=spectrum,
             backend=backend,
         )
