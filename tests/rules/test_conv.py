@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -323,7 +324,9 @@ def test_fixed_point_of_any_geometry(operator, seed):
 
 @given(operator=convolutions(padded=False, dominant=3.0), seed=seeds)
 def test_wide_strided_grouped_and_dilated_ones_give_the_target_exactly(operator, seed):
-    columns = operator.kernel.shape[1] * int(np.prod(operator.stride))
+    taps = zip(operator.kernel.shape[2:], operator.dilation, operator.stride, strict=True)
+    read = [len({d * j % stride for j in range(k)}) for k, d, stride in taps]  # of a block
+    columns = operator.kernel.shape[1] * math.prod(read)
     assume(operator.out_channels // operator.groups <= columns)
     layer = module_of(operator)
     x, target = with_target(layer, operator, seed)
