@@ -25,6 +25,7 @@ from frfx.registry import register_rule
 from frfx.rules import dip, preimage
 from frfx.rules.base import FactoredInversion, Inversion, Rule, one_input
 from frfx.rules.shape import PassThrough
+from frfx.rules.where import where_equal
 
 Range = tuple[float, float]
 
@@ -66,7 +67,7 @@ class ElementwiseInversion(Inversion):
         wanted = target.clamp(*self.limits)
         had = output.to(target.dtype).clamp(*self.limits)
         preimage = self.function.nearest(wanted, x, **self.arguments)
-        return torch.where(wanted == had, x, preimage)
+        return where_equal(wanted, had, x, preimage)
 
 
 def _limits(function: Elementwise, arguments: dict[str, Any], margin: float) -> Range:
@@ -299,7 +300,7 @@ class PReluInversion(FactoredInversion):
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         x_star = preimage.leaky_relu(target, x, self.factor(x, output).slope)
-        return torch.where(target == output, x, x_star)
+        return where_equal(target, output, x, x_star)
 
 
 @register_rule(vocabulary.prelu)

@@ -246,8 +246,9 @@ def taps(frame: Tensor, axes: tuple[Axis, ...]) -> Iterator[Tensor]:
 
 def lowest(pooled: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """Return for every entry the least value of the windows that read it, or infinity."""
-    for dim, axis in enumerate(axes, start=2):
-        pooled = axis.lowest(pooled, dim)
+    # The last dimension first: whole rows are then repeated.
+    for dim in reversed(range(len(axes))):
+        pooled = axes[dim].lowest(pooled, dim + 2)
     return pooled
 
 
