@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frfx.rules.where import where
+
 
 def identity(y: Tensor, x: Tensor, **_: Any) -> Tensor:
     """The target itself."""
@@ -17,7 +19,7 @@ def identity(y: Tensor, x: Tensor, **_: Any) -> Tensor:
 
 def absolute(y: Tensor, x: Tensor) -> Tensor:
     """y or -y, whichever has the sign of x; y for neither."""
-    return torch.where(x < 0, -y, y)
+    return where(x < 0, -y, y)
 
 
 def softsign(y: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def softplus_range(beta: float = 1.0, threshold: float = 20.0) -> tuple[float, f
 
 def elu(y: Tensor, alpha: float = 1.0) -> Tensor:
     """`log(1 + y / alpha)` for negative y."""
-    return torch.where(y > 0, y, torch.log1p(y.clamp(max=0) / alpha))
+    return y.clamp(min=0) + torch.log1p(y.clamp(max=0) / alpha)
 
 
 def elu_range(alpha: float = 1.0) -> tuple[float, float]:
@@ -72,7 +74,7 @@ def selu_range() -> tuple[float, float]:
 
 def celu(y: Tensor, alpha: float = 1.0) -> Tensor:
     """`alpha log(1 + y / alpha)` for negative y."""
-    return torch.where(y > 0, y, alpha * torch.log1p(y.clamp(max=0) / alpha))
+    return y.clamp(min=0) + alpha * torch.log1p(y.clamp(max=0) / alpha)
 
 
 def hardtanh_range(min_val: float = -1.0, max_val: float = 1.0) -> tuple[float, float]:
@@ -103,6 +105,8 @@ def leaky_relu(y: Tensor, x: Tensor, negative_slope: float | Tensor = 0.01) -> T
     Of the best approximations of y from either side (`max(y, 0)` from the positive one), the one
     that is nearer to y under the function, and of two that are equally near, the nearer to x.
     """
+    if not isinstance(negative_slope, Tensor) and negative_slope > 0:  # a bijection
+        return y.clamp(min=0) + y.clamp(max=0) / negative_slope
     a = torch.as_tensor(negative_slope, dtype=y.dtype, device=y.device)
     right = y.clamp(min=0)
     ratio = y / torch.where(a == 0, 1, a)
@@ -110,7 +114,7 @@ def leaky_relu(y: Tensor, x: Tensor, negative_slope: float | Tensor = 0.01) -> T
     miss_right = (right - y).abs()
     miss_left = torch.where((a != 0) & (ratio <= 0), 0, y.abs())
     nearer = (left - x).abs() < (right - x).abs()
-    return torch.where((miss_left < miss_right) | ((miss_left == miss_right) & nearer), left, right)
+    return where((miss_left < miss_right) | ((miss_left == miss_right) & nearer), left, right)
 
 
 def sin(y: Tensor, x: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ def sin(y: Tensor, x: Tensor) -> Tensor:
     rising = rising + turn * torch.round((x - rising) / turn)
     falling = math.pi - torch.asin(y)
     falling = falling + turn * torch.round((x - falling) / turn)
-    return torch.where((rising - x).abs() <= (falling - x).abs(), rising, falling)
+    return where((rising - x).abs() <= (falling - x).abs(), rising, falling)
 
 
 def hardswish(y: Tensor, x: Tensor) -> Tensor:
@@ -129,4 +133,4 @@ def hardswish(y: Tensor, x: Tensor) -> Tensor:
     right = torch.where(y >= 3, y, (root - 3) / 2)
     left = torch.where(y == 0, x.clamp(max=-3), (-root - 3) / 2)
     closer = (left - x).abs() < (right - x).abs()
-    return torch.where((y <= 0) & closer, left, right)
+    return where((y <= 0) & closer, left, right)

@@ -16,8 +16,8 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return a where the condition holds, else b; all of one shape, a and b of one type."""
-    if not _has_bits(condition, a, b):
+    """Return a where the condition holds, else b; all of one shape."""
+    if a.dtype != b.dtype or not _has_bits(condition, a, b):
         return torch.where(condition, a, b)
     return _select(condition.to(_BITS[a.dtype]).neg_(), a, b)
 
