@@ -185,9 +185,8 @@ def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):
     running = norm > tiny
     best = torch.where(running, best, 0.0)
     index: Any = torch.arange(samples) if asks else slice(None)
-    x, r = torch.zeros_like(right), right
-    z = precondition(r)
-    p, rz = z, _dot(r, z)
+    x, r, p = torch.zeros_like(right), right, torch.zeros_like(right)
+    rz = torch.full_like(norm, math.inf)  # nothing of a step before the first
     for step in range(1, max_steps + 1):
         if asks:
             alive = running[index]
@@ -198,25 +197,28 @@ def conjugate_gradients(operator, right, precondition, *, tolerance, max_steps):
                 x, r, p, rz = (v[alive] for v in (x, r, p, rz))
         elif news is not None and news.all_stopped():
             break
+        z = precondition(r)
+        before, rz = rz, _dot(r, z)
+        ratio = torch.where(running[index], rz / before.clamp(min=tiny), 0.0)
+        p = torch.addcmul(z, _like(ratio, z), p)
         q = operator(p)
         curvature = _dot(p, q)
         # A breakdown (no curvature left, or none in this precision) ends a sample where it stands.
         sound = running[index] & (curvature > tiny) & (rz > tiny) & torch.isfinite(curvature)
         length = torch.where(sound, rz / curvature.clamp(min=tiny), 0.0)
-        x = x + _like(length, x) * p
-        r = r - _like(length, r) * q
+        x = torch.addcmul(x, _like(length, x), p)
+        r = torch.addcmul(r, _like(length, r), q, value=-1)
         relative = _norm(r) / norm[index].clamp(min=tiny)
         better = sound & (relative < best[index])
         best[index] = torch.where(better, relative, best[index])
-        found[index] = torch.where(_like(better, x), x, found[index])
+        if asks and len(x) == samples and bool(better.all()):
+            found = x
+        else:
+            found[index] = torch.where(_like(better, x), x, found[index])
         steps[index] = torch.where(sound, step, steps[index])
         running[index] = sound & ~(relative <= tolerance)
         if news is not None:
             news.send(running)
-        z = precondition(r)
-        following = _dot(r, z)
-        p = z + _like(torch.where(sound, following / rz.clamp(min=tiny), 0.0), z) * p
-        rz = following
     return found, Convergence(best.detach(), steps, best.detach() <= tolerance)
 
 
