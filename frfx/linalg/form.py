@@ -1,4 +1,4 @@
-"""Which of its forms a block-circulant map is the fastest in, by the sizes of its grid."""
+"""The grid of a block-circulant map, and by its sizes the form and the pieces to compute it in."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 Form = Literal["matrix", "dft", "fft"]
+
+_CHUNK = 1 << 20
+"""Entries of matrices that are made at a time: on a CPU they should stay in the cache, and memory
+that is larger by much is fetched anew from the system every time. On a GPU four times as many."""
 
 _MATRIX_UP_TO = 1 << 24
 """Entries of the whole map as one matrix, at most."""
@@ -49,6 +53,11 @@ class Grid:
         if form == "dft":
             return torch.cartesian_prod(axes[-1], *axes[:-1]).reshape(-1, len(axes)).roll(-1, 1)
         return torch.cartesian_prod(*axes).reshape(-1, len(axes))
+
+
+def chunk(device: torch.device) -> int:
+    """Return how many entries of a map's matrices are made at a time."""
+    return _CHUNK if device.type == "cpu" else 4 * _CHUNK
 
 
 def choose_form(grid: Grid, groups: int, rows: int, columns: int) -> Form:

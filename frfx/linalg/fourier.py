@@ -25,20 +25,17 @@ from torch import Tensor
 
 from frfx.linalg.backend import Backend, Namespace, TorchBackend, torch_backend
 from frfx.linalg.dft import Dft
-from frfx.linalg.form import Form, Grid, choose_form, choose_form_on_gpu
+from frfx.linalg.form import Form, Grid, choose_form, choose_form_on_gpu, chunk
 from frfx.linalg.kernel_map import KernelMap
 from frfx.linalg.pseudo_inverse import nbytes
 from frfx.linalg.scratch import Scratch
 from frfx.recording import is_recorded
 
-_CHUNK = 1 << 22
-"""Matrix entries that are made at a time, and bound on those of a temporary."""
+_TEMPORARY = 1 << 26
+"""Bound on the entries of a temporary."""
 
 _CACHED = 1 << 19
 """Entries of an image stack that a thread transforms at a time: they should stay in the cache."""
-
-_AT_ONCE = 1 << 26
-"""The same on a GPU, where it only bounds the memory."""
 
 _LEAST_BATCH = 32
 """Samples that are transformed at a time at least: fewer make poor matrix products."""
@@ -209,12 +206,13 @@ class FourierMap:
     def samples_at_once(self) -> int:
         """Return how many samples go through together."""
         entries = math.prod(self.grid.size) * self.groups * max(self.rows, self.columns)
-        if self.device.type != "cpu":
-            return max(1, _AT_ONCE // entries)
+        most = max(1, _TEMPORARY // entries)
+        if self.device.type != "cpu" or self.streams:
+            return most
         # With many channels the matrices are what is read: as many entries of vectors, at least.
         least = max(_LEAST_BATCH, self.rows * self.columns // (self.rows + self.columns))
         cached = torch.get_num_threads() * _CACHED // entries
-        return max(1, min(16 * _CHUNK // entries, max(least, cached)))
+        return min(most, max(least, cached))
 
     # The matrices of a form, for some frequencies.
 
@@ -230,7 +228,7 @@ class FourierMap:
         out = torch.empty(
             shape, dtype=self.dtype if real else self.dtype.to_complex(), device=self.device
         )
-        most = max(1, _CHUNK // (self.groups * self.rows * self.columns))
+        most = max(1, chunk(self.device) // (self.groups * self.rows * self.columns))
         for start in range(0, len(frequencies), most):
             part = slice(start, start + most)
             values = self._matrices(frequencies[part])
@@ -251,7 +249,7 @@ class FourierMap:
             yield slice(None), self._kept
             return
         frequencies = self.grid.frequencies(self.form)
-        most = max(1, _CHUNK // (self.groups * self.rows * self.columns))
+        most = max(1, chunk(self.device) // (self.groups * self.rows * self.columns))
         for start in range(0, len(frequencies), most):
             part = slice(start, start + most)
             yield part, self.backend.constant(self.at(frequencies[part], self.form == "dft"))

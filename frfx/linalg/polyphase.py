@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from frfx.linalg.form import Grid
+from frfx.linalg.form import Grid, chunk
 from frfx.linalg.operators import Convolution
 from frfx.linalg.pseudo_inverse import Spectrum, singular_values
-
-_CHUNK = 1 << 22
-"""Matrix entries that are made at a time."""
 
 _SAMPLED_WORK = 1 << 30
 """Multiplications that the spectrum of a large model may cost."""
@@ -198,5 +195,5 @@ class Polyphase:
     def _chunks(self, frequencies: Tensor, scale: float) -> Iterator[Tensor]:
         """Yield the matrices at frequencies, a bounded number at a time."""
         entries = self.groups * self.rows * self.columns
-        for part in frequencies.split(max(1, _CHUNK // entries)):
+        for part in frequencies.split(max(1, chunk(self.operator.kernel.device) // entries)):
             yield self.matrices(part, scale)

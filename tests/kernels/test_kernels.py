@@ -119,7 +119,7 @@ def test_maps(way, memory, dtype, problem, seed):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in patches.items():  # whatever is the fastest
             patch.setattr(kernel_map, name, value)
-        patch.setattr(fourier, "_AT_ONCE", 1)  # a sample at a time, on GPUs
+        patch.setattr(fourier, "_TEMPORARY", 1)  # a sample at a time, on GPUs
         options = {"form": "fft", "dtype": dtype, "memory": memory}
         made = make(problem, backend=TorchBackend(Kernels(launcher)), **options)
         source, minus = (image_for(problem, seed + i, 2, dtype) for i in range(2))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import normal, relative
 
+from frfx.linalg import form as form_module
 from frfx.linalg import fourier
 from frfx.linalg.backend import Backend, Namespace, torch_backend
 from frfx.linalg.fourier import FourierMap, Grid, choose_form
@@ -123,6 +124,13 @@ def test_single_precision(form, backend, problem, seed):
         assert found.dtype == torch.float32
 
 
+def in_pieces(patch):
+    """Make every piece as small as it gets."""
+    patch.setattr(form_module, "_CHUNK", 7)
+    for name, value in (("_TEMPORARY", 7), ("_CACHED", 1), ("_LEAST_BATCH", 2)):
+        patch.setattr(fourier, name, value)
+
+
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.parametrize("memory", [math.inf, 0], ids=["kept", "streamed"])
 @pytest.mark.parametrize("form", FORMS)
@@ -130,8 +138,7 @@ def test_single_precision(form, backend, problem, seed):
 def test_chunks_change_nothing(form, memory, backend, problem, seed):
     """Chunks so small that every loop over them has several turns, a last shorter one included."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("_CHUNK", 7), ("_CACHED", 1), ("_LEAST_BATCH", 2)):
-            patch.setattr(fourier, name, value)
+        in_pieces(patch)
         made = make(problem, form=form, memory=memory, backend=backend)
         x = image_for(problem, seed, 5)
         found = made(x)
@@ -149,8 +156,8 @@ def test_from_target_and_output_to_the_sum(form, parts, backend, problem, seed):
     expected = dense_product(problem, (target - output).numpy())
     plus = normal(seed + 2, *expected.shape)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("_CHUNK", 7), ("_CACHED", 1), ("_LEAST_BATCH", 2)) if parts else ():
-            patch.setattr(fourier, name, value)
+        if parts:
+            in_pieces(patch)
         found = made(target, output, plus)
         alone = made(target, output)
     scale = 1 + np.abs(expected).max()

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracles import circulant, damped_least_squares, normal, pad_left, paper_convolution, relative
 
-from frfx.linalg import Convolution, Spectral, Transposed, fourier, polyphase
+from frfx.linalg import Convolution, Spectral, Transposed, form, polyphase
 from frfx.linalg.polyphase import Polyphase
 from frfx.linalg.spectral import SpectralFactor
 
@@ -286,8 +286,7 @@ def test_chunks_of_frequencies_share_their_cutoff(memory, drawn, seed, rcond):
     assume(np.abs(singular / singular.max() - (rcond or 1e-12)).min() > 1e-9)
     whole = Spectral(rcond=rcond).prepare(drawn)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(polyphase, "_CHUNK", 40)
-        patch.setattr(fourier, "_CHUNK", 40)
+        patch.setattr(form, "_CHUNK", 40)
         chunked = Spectral(rcond=rcond, memory=memory).prepare(drawn)
         found = chunked.solve(residual)
     assert relative(found, whole.solve(residual)) < 1e-9
