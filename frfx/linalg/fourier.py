@@ -48,6 +48,10 @@ Matrices = Callable[[Tensor], Tensor]
 """Makes the matrices (G, F, c', c), complex128, at frequencies (F, dims)."""
 
 
+Apply = Callable[[Tensor, Tensor], Tensor]
+"""Multiplies the matrices at frequencies (F, dims) by (G, F, c, N), and need not make them."""
+
+
 class FourierMap:
     """A block-circulant map, made ready.
 
@@ -59,6 +63,7 @@ class FourierMap:
         device: Where it is computed.
         memory: Bound in bytes on what is kept. Beyond it, the matrices are made anew in chunks
             whenever the map is applied.
+        apply: What then takes the place of the matrices on a CPU, if anything does.
         form: One of the forms; None for the one that the sizes ask for.
         backend: The array library that applies the map.
 
@@ -79,6 +84,7 @@ class FourierMap:
         dtype: torch.dtype,
         device: torch.device,
         memory: float = math.inf,
+        apply: Apply | None = None,
         form: Form | None = None,
         backend: Backend = torch_backend,
     ) -> None:
@@ -98,6 +104,7 @@ class FourierMap:
         few = rows * columns <= _POINTWISE_UP_TO
         self._pointwise = by_torch and few and self.form == "fft"
         self._in_place = by_torch and self.form != "matrix" and not self.streams
+        self._applied = apply if by_torch and self.streams and self.form == "fft" else None
         if self.by_kernels is None or self.by_kernels.in_one is None:
             self._make_ready()
 
@@ -228,10 +235,8 @@ class FourierMap:
         out = torch.empty(
             shape, dtype=self.dtype if real else self.dtype.to_complex(), device=self.device
         )
-        most = max(1, chunk(self.device) // (self.groups * self.rows * self.columns))
-        for start in range(0, len(frequencies), most):
-            part = slice(start, start + most)
-            values = self._matrices(frequencies[part])
+        for part, some in self._pieces(frequencies):
+            values = self._matrices(some)
             if real:
                 out[:, part, : self.rows, : self.columns] = values.real
                 out[:, part, : self.rows, self.columns :] = -values.imag
@@ -248,11 +253,15 @@ class FourierMap:
         if not self.streams:
             yield slice(None), self._kept
             return
-        frequencies = self.grid.frequencies(self.form)
+        for part, frequencies in self._pieces(self.grid.frequencies(self.form)):
+            yield part, self.backend.constant(self.at(frequencies, self.form == "dft"))
+
+    def _pieces(self, frequencies: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the frequencies whose matrices are made at a time."""
         most = max(1, chunk(self.device) // (self.groups * self.rows * self.columns))
         for start in range(0, len(frequencies), most):
             part = slice(start, start + most)
-            yield part, self.backend.constant(self.at(frequencies[part], self.form == "dft"))
+            yield part, frequencies[part]
 
     # The three forms.
 
@@ -303,6 +312,10 @@ class FourierMap:
 
     def _product(self, xp: Namespace, x: Any, scratch: Scratch | None) -> Any:
         """Multiply by the matrix of every frequency: (G, F, c, N) to (G, F, c', N)."""
+        if self._applied is not None:
+            pieces = self._pieces(self.grid.frequencies())
+            parts = [self._applied(some, x[:, part]) for part, some in pieces]
+            return torch.cat(parts, 1) / math.prod(self.grid.size)
         if not self.rows == self.columns == 1:
             if scratch is not None:
                 return scratch.matmul(self._kept, x)

@@ -31,9 +31,11 @@ class Polyphase:
 
     Attributes:
         operator: The convolution.
+        dtype: The real type that its matrices are made in.
     """
 
     operator: Convolution
+    dtype: torch.dtype = torch.float64
 
     @property
     def groups(self) -> int:
@@ -85,19 +87,17 @@ class Polyphase:
         return tuple(sizes)
 
     def matrices(self, frequencies: Tensor, scale: float = 1.0) -> Tensor:
-        """Return the operator over a scale at frequencies: (G, F, rows, columns), complex128.
+        """Return the operator over a scale at frequencies: (G, F, rows, columns), complex.
 
         `z^(u) = sum_m K[m] exp(2 pi i u m) x^(u)` over the taps m: Eq. 12, where the flip of Eq. 10
         and the padding on the left are the same shift of the result.
         """
         angle = self._angles(frequencies)
-        cosine, sine = angle.cos(), angle.sin()
-        kernel = self._by_tap / scale
+        cosine, sine = ((wave / scale).to(self.dtype) for wave in (angle.cos(), angle.sin()))
         shape = (len(frequencies), self.groups, self.rows, -1)
         parts = []
-        for phase in range(math.prod(self.operator.stride)):
-            taps = (self._taps[1] == phase).nonzero().flatten()
-            real, imaginary = cosine[:, taps] @ kernel[taps], sine[:, taps] @ kernel[taps]
+        for taps, kernel in self._by_phase:
+            real, imaginary = cosine[:, taps] @ kernel, sine[:, taps] @ kernel
             parts.append(torch.complex(real, imaginary).view(shape))
         values = parts[0] if len(parts) == 1 else torch.stack(parts, -1).flatten(-2)
         return values.transpose(0, 1)
@@ -125,8 +125,17 @@ class Polyphase:
 
     @functools.cached_property
     def _by_tap(self) -> Tensor:
-        """The kernel as a matrix, a row a tap, in double."""
-        return self.operator.kernel.double().flatten(2).flatten(0, 1).T.contiguous()
+        """The kernel as a matrix, a row a tap."""
+        return self.operator.kernel.to(self.dtype).flatten(2).flatten(0, 1).T.contiguous()
+
+    @functools.cached_property
+    def _by_phase(self) -> list[tuple[Tensor, Tensor]]:
+        """The taps of every phase, and their rows of the kernel."""
+        phases = range(math.prod(self.operator.stride))
+        if len(phases) == 1:  # as they are
+            return [(torch.arange(len(self._by_tap), device=self._by_tap.device), self._by_tap)]
+        found = [(self._taps[1] == phase).nonzero().flatten() for phase in phases]
+        return [(taps, self._by_tap[taps]) for taps in found]
 
     def _angles(self, frequencies: Tensor) -> Tensor:
         shifts, _ = self._taps

@@ -32,7 +32,7 @@ _DEFLATED = 64
 _DEFLATION_STEPS = 20
 """Bound on these steps."""
 
-_BLOCK = 512
+_BLOCK = 256
 """Rows of large Gram matrices that are computed at a time, up to the diagonal."""
 
 _EXACT_WORK = 1 << 20
@@ -166,6 +166,39 @@ def pseudo_inverse(
     if gram is not None:
         return inverse, spectrum
     return (adjoint @ inverse if side == "rows" else inverse @ adjoint), spectrum
+
+
+def solve_damped(
+    matrices: Tensor,
+    right: Tensor,
+    *,
+    damping: float,
+    gram: Literal["rows", "columns"] | None = None,
+) -> Tensor:
+    """Apply what `pseudo_inverse` makes of damped matrices, at scale 1, without making it.
+
+    For what is applied once: a Cholesky decomposition and two substitutions a system.
+
+    Args:
+        matrices: Shape (..., m, n).
+        right: Shape (..., m, N); (..., n, N) where the Gram matrix of the columns is inverted.
+        damping: Tikhonov's parameter, well above the rounding of the Gram matrix.
+        gram: See `pseudo_inverse`.
+
+    Returns:
+        Shape (..., n, N), or that of `right` where a Gram matrix is inverted.
+    """
+    rows, columns = matrices.shape[-2:]
+    side = gram or ("rows" if rows <= columns else "columns")
+    adjoint = matrices.mH
+    product = gram_matrix(matrices if side == "rows" else adjoint)
+    product.diagonal(dim1=-2, dim2=-1).add_(damping)
+    triangle, _ = torch.linalg.cholesky_ex(product)
+    if gram is not None:
+        return torch.cholesky_solve(right, triangle)
+    if side == "rows":
+        return adjoint @ torch.cholesky_solve(right, triangle)
+    return torch.cholesky_solve(adjoint @ right, triangle)
 
 
 def pseudo_inverses(matrices: Tensor, rcond: float | None = None, damping: float = 0.0) -> Tensor:

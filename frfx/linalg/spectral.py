@@ -19,6 +19,7 @@ from frfx.linalg.pseudo_inverse import (
     default_rcond,
     effective_rcond,
     pseudo_inverse,
+    solve_damped,
     solve_dtype,
 )
 
@@ -65,6 +66,8 @@ class SpectralFactor(Factor):
         self._cutoff, self._damping, self._gram = cutoff, damping, gram
         self._transposed = transposed
         self.dtype = solve_dtype(conv.kernel.dtype)
+        single = damping >= _SINGLE_DAMPING and self.dtype == torch.float32
+        self._made = Polyphase(conv, torch.float32) if single else model
         outer, inner = conv.out_size, model.blocks
         if transposed:
             outer, inner = inner, outer
@@ -88,17 +91,25 @@ class SpectralFactor(Factor):
             dtype=self.dtype,
             device=conv.kernel.device,
             memory=memory,
+            apply=self._apply_inverse if damping >= _SINGLE_DAMPING else None,
             backend=backend,
         )
 
-    def _inverse(self, frequencies: Tensor) -> Tensor:
+    def _matrices(self, frequencies: Tensor) -> tuple[Tensor, float]:
+        """Return the operator at frequencies over a scale, so that squares are within the range."""
         scale = self.spectrum.largest or 1.0
-        # Over the scale, whose squares are within the range.
-        matrices = self.model.matrices(frequencies, scale)
-        if self._damping >= _SINGLE_DAMPING and self.dtype == torch.float32:
-            matrices = matrices.to(torch.complex64)
+        matrices = self._made.matrices(frequencies, scale)
+        return (matrices.mH if self._transposed else matrices), scale
+
+    def _apply_inverse(self, frequencies: Tensor, right: Tensor) -> Tensor:
+        matrices, scale = self._matrices(frequencies)
+        solution = solve_damped(matrices, right, damping=self._damping, gram=self._gram)
+        return solution / (scale if self._gram is None else scale**2)
+
+    def _inverse(self, frequencies: Tensor) -> Tensor:
+        matrices, scale = self._matrices(frequencies)
         inverse, _ = pseudo_inverse(
-            matrices.mH if self._transposed else matrices,
+            matrices,
             exact=self.dtype == torch.float64,
             rcond=self._cutoff,
             damping=self._damping,

@@ -18,6 +18,7 @@ from frfx.linalg.pseudo_inverse import (
     largest_singular_value,
     pseudo_inverse,
     singular_values,
+    solve_damped,
     solve_dtype,
 )
 
@@ -52,6 +53,27 @@ def test_equals_pinv(exact, tolerance, complex, seed, shape, batch):
     expected = torch.linalg.pinv(given)
     assert relative(as_real(inverse), as_real(expected)) < tolerance
     assert not spectrum.deficient
+
+
+@pytest.mark.parametrize("complex", [False, True])
+@pytest.mark.parametrize("gram", [None, "rows", "columns"])
+@given(seed=seeds, shape=shapes, damping=st.floats(1e-4, 1))
+def test_what_is_damped_is_applied_without_its_inverse(gram, complex, seed, shape, damping):
+    given = matrices(seed, 3, *shape, complex=complex)
+    right = matrices(seed + 2, 3, shape[1 if gram == "columns" else 0], 4, complex=complex)
+    found = solve_damped(given, right, damping=damping, gram=gram)
+    a, b = given.numpy(), right.numpy()
+    adjoint = a.conj().swapaxes(1, 2)
+    if gram is None:  # as the least squares problem it is
+        stacked = np.concatenate(
+            [a, damping**0.5 * np.broadcast_to(np.eye(shape[1]), (3, shape[1], shape[1]))], 1
+        )
+        b = np.concatenate([b, np.zeros((3, shape[1], 4))], 1)
+        expected = np.stack([np.linalg.lstsq(m, v)[0] for m, v in zip(stacked, b, strict=True)])
+    else:
+        product = a @ adjoint if gram == "rows" else adjoint @ a
+        expected = np.linalg.solve(product + damping * np.eye(product.shape[-1]), b)
+    assert relative(as_real(found), as_real(torch.from_numpy(expected))) < 1e-9
 
 
 @pytest.mark.parametrize("exact", [True, False])

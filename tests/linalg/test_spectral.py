@@ -294,12 +294,13 @@ def test_chunks_of_frequencies_share_their_cutoff(memory, drawn, seed, rcond):
     assert chunked.spectrum.deficient == whole.spectrum.deficient
 
 
+@pytest.mark.parametrize("memory", [1 << 29, 0], ids=["kept", "streamed"])
 @pytest.mark.parametrize("gram", ["rows", "columns"])
 @given(drawn=zeros, way=either_way, seed=seeds, damping=st.floats(1e-3, 1))
-def test_inverse_gram_matrices(gram, drawn, way, seed, damping):
+def test_inverse_gram_matrices(gram, memory, drawn, way, seed, damping):
     """What preconditions: `(A A^T + damping s^2)^-1` of the model, or of its transpose's."""
     operator = way(drawn)
-    factor = SpectralFactor(operator, cutoff=-1.0, damping=damping, gram=gram)
+    factor = SpectralFactor(operator, cutoff=-1.0, damping=damping, gram=gram, memory=memory)
     side = operator.out_shape if gram == "rows" else operator.in_shape
     given_vector = normal(seed, 2, *side)
     matrix = model_matrix(drawn, Polyphase(drawn).grid)
@@ -330,12 +331,13 @@ def test_scale_does_not_matter(scale, damping):
     assert relative(found, plain.solve(residual.float())) < 1e-5
 
 
+@pytest.mark.parametrize("memory", [1 << 29, 0], ids=["kept", "streamed"])
 @pytest.mark.parametrize("damping", [1e-4, 1e-2])
-def test_damping_in_single_precision(damping):
+def test_damping_in_single_precision(damping, memory):
     kernel = normal(0, 4, 4, 3, 3).float()
     operator = Convolution(kernel, (7, 8))
     residual = normal(1, 2, 4, 5, 6).float()
-    found = Spectral(damping=damping).prepare(operator).solve(residual)
+    found = Spectral(damping=damping, memory=memory).prepare(operator).solve(residual)
     doubled = operator.to(torch.float64)
     expected = by_model(
         doubled, residual.double(), lambda a, b: damped_least_squares(a, b, damping)
