@@ -33,7 +33,20 @@ class Dip:
     curvature: float
 
     def nearest(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return the nearest preimage; two exist for negative y, one otherwise."""
+        """Return the nearest preimage; two exist for negative y, one otherwise.
+
+        Its derivative by y is that of the inverse function, 0 at the minimum.
+        """
+        recorded = is_recorded(y)
+        with torch.no_grad():
+            found = self._nearest(y.detach(), x.detach())
+            if not recorded:
+                return found
+            slope = self.derivative(found)
+            slope = torch.where(slope == 0, math.inf, slope)
+        return found + (y - y.detach()) / slope
+
+    def _nearest(self, y: Tensor, x: Tensor) -> Tensor:
         on_cpu = y.is_cpu and not is_recorded(y, x)
         root = self._root_of_each if on_cpu else self._root
         floor = torch.full_like(y, self.argmin)

@@ -411,20 +411,39 @@ DIPS = {"silu": dips.SILU, "mish": dips.MISH, "gelu": dips.GELU, "gelu, tanh": d
 
 @each_dtype
 @pytest.mark.parametrize("name", DIPS)
-def test_a_dips_roots_are_those_that_autograd_records(name, dtype):
-    # Entry by entry in as many steps as each takes, or all in a fixed count of them.
+def test_a_dips_roots_are_those_of_a_fixed_count_of_steps(name, dtype):
+    # Entry by entry in as many steps as each takes, or where functions are transformed, in many.
     dip = DIPS[name]
     x, y = 2 * normal(0, 40, 50).to(dtype), 2 * normal(1, 40, 50).to(dtype)
     y.clamp_(min=dip.minimum)
     found = dip.nearest(y, x)
-    recorded = dip.nearest(y, x.clone().requires_grad_()).detach()
+    counted = torch.func.vmap(dip.nearest)(y, x)
     resolution = torch.finfo(dtype).eps
-    for roots in (found, recorded):  # torch loses the left tail of GELU
+    for roots in (found, counted):  # torch loses the left tail of GELU
         reached = ACTIVATIONS[name].on(roots.double().numpy())
         np.testing.assert_allclose(reached, y, rtol=4 * resolution, atol=8 * resolution)
     # At the minimum half of the digits of a root are lost.
-    torch.testing.assert_close(found, recorded, rtol=0, atol=8 * resolution**0.5)
+    torch.testing.assert_close(found, counted, rtol=0, atol=8 * resolution**0.5)
     assert dip.nearest(y[:0], x[:0]).shape == (0, 50)
+
+
+@pytest.mark.parametrize("name", DIPS)
+def test_a_dips_derivative_is_that_of_its_inverse(name):
+    dip = DIPS[name]
+    x, y = 2 * normal(0, 200), 2 * normal(1, 200)
+    y.clamp_(min=dip.minimum)
+    y[(y - dip.minimum < 1e-2) | (y.abs() < 1e-2)] = 1.0  # where differences say little
+    y[0], y[1] = dip.minimum, -1e-320  # flat, and as good as flat
+    target = y.clone().requires_grad_()
+    found = dip.nearest(target, x)
+    assert torch.equal(found.detach(), dip.nearest(y, x))
+    (gradient,) = torch.autograd.grad(found.sum(), target)
+    _, along = torch.func.jvp(lambda y: dip.nearest(y, x), (y,), (torch.ones_like(y),))
+    step = 1e-6
+    slope = (dip.nearest(y + step, x) - dip.nearest(y - step, x)) / (2 * step)
+    torch.testing.assert_close(gradient[2:], slope[2:], rtol=1e-4, atol=1e-6)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(along[2:], gradient[2:])
 
 
 SPELLINGS = [
