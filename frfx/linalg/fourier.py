@@ -45,8 +45,7 @@ _POINTWISE_UP_TO = 32
 changes of layout and products of small matrices."""
 
 Matrices = Callable[[Tensor], Tensor]
-"""Makes the matrices (G, F, c', c), complex128, at frequencies (F, dims)."""
-
+"""Makes the matrices (G, F, c', c), complex, at frequencies (F, dims)."""
 
 Apply = Callable[[Tensor, Tensor], Tensor]
 """Multiplies the matrices at frequencies (F, dims) by (G, F, c, N), and need not make them."""

@@ -62,12 +62,11 @@ class SpectralFactor(Factor):
     ) -> None:
         transposed = isinstance(operator, Transposed)
         conv = operator.of if isinstance(operator, Transposed) else operator
-        self.model = model = Polyphase(conv)
-        self._cutoff, self._damping, self._gram = cutoff, damping, gram
-        self._transposed = transposed
         self.dtype = solve_dtype(conv.kernel.dtype)
         single = damping >= _SINGLE_DAMPING and self.dtype == torch.float32
-        self._made = Polyphase(conv, torch.float32) if single else model
+        self.model = model = Polyphase(conv, torch.float32 if single else torch.float64)
+        self._cutoff, self._damping, self._gram = cutoff, damping, gram
+        self._transposed = transposed
         outer, inner = conv.out_size, model.blocks
         if transposed:
             outer, inner = inner, outer
@@ -81,7 +80,12 @@ class SpectralFactor(Factor):
         self._result_in_blocks = transposed if gram == "rows" else not transposed
         grid = Grid(model.grid, *sizes)
         rcond = effective_rcond(cutoff, damping)
-        self.spectrum = model.spectrum(rcond) if spectrum is None else spectrum.cut_off(rcond)
+        if spectrum is None:
+            spectrum = (Polyphase(conv) if single else model).spectrum(rcond)
+        self.spectrum = spectrum.cut_off(rcond)
+        # The operator is divided by its scale, so that its squares are within the range.
+        self._scale = self.spectrum.largest or 1.0
+        self._unscale = self._scale if gram is None else self._scale**2
         self.map = FourierMap(
             self._inverse,
             grid,
@@ -95,21 +99,19 @@ class SpectralFactor(Factor):
             backend=backend,
         )
 
-    def _matrices(self, frequencies: Tensor) -> tuple[Tensor, float]:
-        """Return the operator at frequencies over a scale, so that squares are within the range."""
-        scale = self.spectrum.largest or 1.0
-        matrices = self._made.matrices(frequencies, scale)
-        return (matrices.mH if self._transposed else matrices), scale
+    def _matrices(self, frequencies: Tensor) -> Tensor:
+        """Return the operator at frequencies, scaled."""
+        matrices = self.model.matrices(frequencies, self._scale)
+        return matrices.mH if self._transposed else matrices
 
     def _apply_inverse(self, frequencies: Tensor, right: Tensor) -> Tensor:
-        matrices, scale = self._matrices(frequencies)
+        matrices = self._matrices(frequencies)
         solution = solve_damped(matrices, right, damping=self._damping, gram=self._gram)
-        return solution / (scale if self._gram is None else scale**2)
+        return solution / self._unscale
 
     def _inverse(self, frequencies: Tensor) -> Tensor:
-        matrices, scale = self._matrices(frequencies)
         inverse, _ = pseudo_inverse(
-            matrices,
+            self._matrices(frequencies),
             exact=self.dtype == torch.float64,
             rcond=self._cutoff,
             damping=self._damping,
@@ -117,7 +119,7 @@ class SpectralFactor(Factor):
             gram=self._gram,
         )
         # Of complex numbers themselves, division by a real one is several times slower.
-        torch.view_as_real(inverse).div_(scale if self._gram is None else scale**2)
+        torch.view_as_real(inverse).div_(self._unscale)
         return inverse
 
     def solve(self, residual: Tensor) -> Tensor:
