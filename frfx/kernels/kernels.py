@@ -16,6 +16,12 @@ TYPES = {torch.float32: "float", torch.float64: "double"}
 _THREADS = 256
 _MOST_BLOCKS = 1 << 16
 
+_A_SHARE = 1 << 11
+"""Entries of a sample that a block takes at least, where sums are made over samples, ..."""
+
+_MOST_SHARES = 32
+"""... and how many blocks a sample has at most."""
+
 
 class Windows(NamedTuple):
     """Windows along one dimension, in the order in which the kernels take what describes them.
@@ -223,6 +229,56 @@ class Kernels:
             target, output, result, count, *size, *target.shape[-2:],
         )  # fmt: skip
         return result
+
+    # Conjugate gradients, for samples (N, ...). Sums over them are left as a number a block.
+
+    def sums_of(self, samples: Tensor) -> Tensor:
+        """Return what sums over samples are written to."""
+        shares = -(-samples[0].numel() // _A_SHARE)
+        return samples.new_empty(len(samples), max(1, min(shares, _MOST_SHARES)))
+
+    def dots(self, a: Tensor, b: Tensor, sums: Tensor) -> None:
+        """Write the sums of products."""
+        self._shared("dots<{}>", a, sums, a, b, sums)
+
+    def turn(
+        self, z: Tensor, p: Tensor, heights: Tensor, before: Tensor, running: Tensor
+    ) -> None:  # fmt: skip
+        """Write the next directions, `z + heights / before * p`, to p where a sample is running."""
+        tiny = torch.finfo(p.dtype).tiny
+        self._shared("turn<{}>", p, heights, z, p, heights, before, running, limits=(tiny,))
+
+    def advance(
+        self, x: Tensor, r: Tensor, p: Tensor, q: Tensor, heights: Tensor, curvatures: Tensor,
+        running: Tensor, squares: Tensor,
+    ) -> None:  # fmt: skip
+        """Write a step along p, whose image is q, to x and to r, and the sums of r's squares."""
+        self._shared(
+            "advance<{}>", x, squares, x, r, p, q, heights, curvatures, running, squares,
+            limits=(torch.finfo(x.dtype).tiny,),
+        )  # fmt: skip
+
+    def keep(
+        self, x: Tensor, found: Tensor, heights: Tensor, curvatures: Tensor, squares: Tensor,
+        norm: Tensor, best: Tensor, best_now: Tensor, running: Tensor, running_now: Tensor,
+        steps: Tensor, step: int, tolerance: float,
+    ) -> None:  # fmt: skip
+        """Write what of x is the best yet to `found`, and how it went."""
+        self._shared(
+            "keep<{}>", x, squares, x, found, heights, curvatures, squares, norm, best, best_now,
+            running, running_now, steps, step, limits=(tolerance, torch.finfo(x.dtype).tiny),
+        )  # fmt: skip
+
+    def _shared(
+        self, name: str, like: Tensor, sums: Tensor, *arguments: Tensor | int,
+        limits: tuple[float, ...] = (),
+    ) -> None:  # fmt: skip
+        """Run a kernel whose blocks share the samples as the numbers of the sums have it."""
+        shares, entries = sums.shape[1], like[0].numel()
+        self._run(
+            name, like, sums.numel(), _THREADS, *arguments, shares, entries, *limits,
+            shared=_THREADS // 32 * sums.element_size(),
+        )  # fmt: skip
 
 
 def _like(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-SOURCES = ("label", "activation", "max_pool", "fourier")
+SOURCES = ("label", "activation", "max_pool", "fourier", "conjugate_gradients")
 """The files of this folder, `.cu`."""
 
 _WITHOUT_ASKING = 48 << 10

@@ -76,21 +76,21 @@ class Plane:
         """Return the same for the steps back."""
         return images * self.size[0] * self.half, images * self.result[0] * self.half
 
-    def work_there(self, images: int) -> list[tuple[int, int]]:
+    def work_there(self, images: int) -> tuple[tuple[int, int], ...]:
         """Return how many times a thread has four results to make, and of how many terms each."""
         lines = -(-images * self.source[0] // 4)
-        return [
+        return (
             (lines * self.half, self.source[1]),
             (images * _wide(self.size[0], self.size[0]) * self.half, self.source[0]),
-        ]
+        )
 
-    def work_back(self, images: int) -> list[tuple[int, int]]:
+    def work_back(self, images: int) -> tuple[tuple[int, int], ...]:
         """Return the same for the steps back."""
         lines = -(-images * self.result[0] // 4)
-        return [
+        return (
             (images * _wide(self.result[0], self.size[0]) * self.half, self.size[0]),
             (lines * self.result[1], self.half),
-        ]
+        )
 
     def images(self, memory: int, images: int) -> int:
         """Return how many images a block should take, of so many; 0 if not even the fewest fit.
@@ -156,7 +156,7 @@ class CircularMap:
         """How many threads a block should have."""
         _, rows, columns, frequencies = self.matrices.shape
         product = (-(-rows // 4) * frequencies, columns)
-        return threads_for([*self.plane.work_there(columns), product, *self.plane.work_back(rows)])
+        return threads_for((*self.plane.work_there(columns), product, *self.plane.work_back(rows)))
 
     @property
     def nbytes(self) -> int:
@@ -164,7 +164,8 @@ class CircularMap:
         return self.plane.nbytes + self.matrices.numel() * self.matrices.element_size()
 
 
-def threads_for(work: list[tuple[int, int]]) -> int:
+@functools.lru_cache(1 << 10)
+def threads_for(work: tuple[tuple[int, int], ...]) -> int:
     """Return how many threads a block should have: few are idle in any step, or wait alone."""
 
     def cost(threads: int) -> int:

@@ -8,14 +8,9 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from frfx.linalg.backend import Backend, torch_backend
+from frfx.linalg.conjugate_gradients import Convergence
 from frfx.linalg.dense import Dense, written_out_bytes
-from frfx.linalg.iterative import (
-    MAX_STEPS,
-    TOLERANCE,
-    Convergence,
-    Iterative,
-    IterativeFactor,
-)
+from frfx.linalg.iterative import MAX_STEPS, TOLERANCE, Iterative, IterativeFactor
 from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed
 from frfx.linalg.polyphase import Polyphase
 from frfx.linalg.pseudo_inverse import Factor, Spectrum

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -134,10 +135,7 @@ class CupyBackend(Backend):
                 'backend "cupy" needs a CUDA device, and torch sees none: use backend="torch"'
             )
         self._cupy = cupy
-        self._memory = cupy.cuda.PythonFunctionAllocator(
-            torch.cuda.caching_allocator_alloc,
-            lambda pointer, device: torch.cuda.caching_allocator_delete(pointer),
-        )
+        self._memory = cupy.cuda.PythonFunctionAllocator(torch.cuda.caching_allocator_alloc, _free)
         self.kernels = Kernels(CupyLauncher(cupy))
         self.namespace = Namespace(
             reshape=cupy.reshape,
@@ -170,6 +168,17 @@ class CupyBackend(Backend):
 
     def batch_first(self, x: Any) -> Any:
         return x.transpose(x.ndim - 1, 0, x.ndim - 2, *range(1, x.ndim - 2))
+
+
+def _free(
+    pointer: int,
+    device: int,
+    delete: Callable[[int], None] = torch.cuda.caching_allocator_delete,
+    is_finalizing: Callable[[], bool] = sys.is_finalizing,
+) -> None:
+    """Give memory back to torch, which may be gone before CuPy's plans when the process ends."""
+    if not is_finalizing():
+        delete(pointer)
 
 
 BACKENDS = ("auto", "torch", "cupy")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from frfx.linalg.iterative import Convergence
+from frfx.linalg.conjugate_gradients import Convergence
 
 _NOISE = 100.0
 """How many units of rounding of `||J|| ||r||` the computed `J^T r` may be off."""

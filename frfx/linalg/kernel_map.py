@@ -134,6 +134,6 @@ class KernelMap:
             spectra = spectra.unflatten(1, (n, self._map.groups))
             parts = [spectra[part] * m[:, :, 0, 0].mT[:, None] for part, m in self._map.chunks()]
         else:
-            spectra = spectra.unflatten(1, (n, self._map.columns))
-            parts = [spectra[part] @ m[0].mT for part, m in self._map.chunks()]
+            spectra = spectra.view(-1, n, self._map.columns)
+            parts = [torch.bmm(spectra[part], m[0].mT) for part, m in self._map.chunks()]
         return torch.cat(parts).flatten(1) if len(parts) > 1 else parts[0].flatten(1)

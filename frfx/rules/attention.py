@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from frfx import vocabulary
 from frfx.linalg.cgls import cgls, largest_singular_value
-from frfx.linalg.iterative import MAX_STEPS, TOLERANCE, Convergence
+from frfx.linalg.conjugate_gradients import Convergence
+from frfx.linalg.iterative import MAX_STEPS, TOLERANCE
 from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op
 from frfx.registry import register_rule

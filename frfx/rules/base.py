@@ -15,7 +15,8 @@ from frfx.errors import ConvergenceError, ConvergenceWarning, PolicyError
 from frfx.linalg import Dense, Factor, Solver
 from frfx.linalg.auto import SOLVERS, Choice, Operator, SolverName
 from frfx.linalg.backend import Backend, torch_backend
-from frfx.linalg.iterative import MAX_STEPS, TOLERANCE, Convergence
+from frfx.linalg.conjugate_gradients import Convergence
+from frfx.linalg.iterative import MAX_STEPS, TOLERANCE
 from frfx.linalg.spectral import FACTOR_MEMORY
 from frfx.ops import Op, Shape
 

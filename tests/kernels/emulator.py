@@ -26,6 +26,10 @@ TEMPLATES = (
     "images_of<{type}>",
     "residual_on_grid<{type}>",
     "transpose<{type}>",
+    "dots<{type}>",
+    "turn<{type}>",
+    "advance<{type}>",
+    "keep<{type}>",
     "unpool_tops<{type}>",
     *(f"{name}<{{type}}, {minimal}>" for name in ("unpool_bounds", "unpool_tiles")
       for minimal in ("true", "false")),

@@ -19,6 +19,7 @@ import frfx
 from frfx import networks
 from frfx.linalg import Convolution, Solver, fourier, kernel_map
 from frfx.linalg.backend import TorchBackend, torch_backend
+from frfx.linalg.conjugate_gradients import conjugate_gradients
 from frfx.linalg.fourier import Grid
 from frfx.rules import activation
 from frfx.rules.label import NearestEmbedding
@@ -27,6 +28,7 @@ from tests.linalg.test_fourier import dense_product, image_for, make, matrices_o
 from tests.rules.test_max_pool import pools
 
 from frfx.kernels import CircularMap, CupyLauncher, Kernels, Plane  # isort: skip
+from frfx.kernels import kernels as kernels_module  # isort: skip
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs g++ to run CUDA kernels on a CPU")
 few = settings(max_examples=12, suppress_health_check=list(HealthCheck))
@@ -173,6 +175,70 @@ def test_residual_on_grid(dtype):
     expected = torch.zeros(2, 1, 3, 7, 6, dtype=dtype)
     expected[..., :4, :5] = target - output
     assert torch.equal(found, expected)
+
+
+@st.composite
+def systems(draw):
+    """Draw a symmetric positive definite matrix and a batch, perhaps with a sample of zero."""
+    size, samples = draw(st.sampled_from([1, 5, 31, 300])), draw(st.integers(1, 3))
+    factor = normal(draw(seeds), size, size)
+    right = normal(draw(seeds), samples, size)
+    right[draw(st.integers(0, samples - 1))] *= draw(st.sampled_from([0, 1]))
+    return factor @ factor.mT / size + 0.3 * torch.eye(size), right
+
+
+@DTYPES
+@few
+@given(system=systems(), share=st.sampled_from([60, 400]))
+def test_conjugate_gradients(dtype, system, share):
+    """They solve to the tolerance, and every step is that of torch."""
+    matrix, right = (t.to(dtype) for t in system)
+    launcher = EmulatedLauncher()
+
+    def operator(p):
+        return p @ matrix
+
+    def solve(**options):
+        return conjugate_gradients(operator, right, lambda r: 2 * r, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels_module, "_A_SHARE", share)  # some blocks a sample, or one
+        patch.setattr(kernels_module, "_THREADS", 32)
+        for steps, tolerance in ((2, 1e-4), (12, 1e-2)):
+            options = {"tolerance": tolerance, "max_steps": steps}
+            found, went = solve(**options, kernels=Kernels(launcher))
+            expected, there = solve(**options)
+            assert relative(found, expected) < (1e-3 if dtype == torch.float32 else 1e-9)
+            assert (went.steps - there.steps).abs().max() <= 1  # rounding may tip a last step
+            torch.testing.assert_close(went.residual, there.residual, rtol=1e-2, atol=1e-5)
+    assert torch.equal(went.converged, there.converged)
+    left = (operator(found) - right).norm(dim=1)
+    assert (left[went.converged] <= 1.1e-2 * right.norm(dim=1)[went.converged]).all()
+    assert {n.partition("<")[0] for n in launcher.launched} <= {"dots", "turn", "advance", "keep"}
+    assert bool(launcher.launched) == bool(right.any())
+
+
+def test_what_breaks_down_stays_where_it_stood(kernels):
+    """No curvature along one direction, and a residual that is not finite: others do not notice."""
+    diagonal = torch.tensor([[1.0, 2], [0, 0], [1, 2], [1, math.nan]])
+    right = torch.tensor([[1.0, 1], [1, 1], [math.inf, 1], [1, 1]])
+    found, convergence = conjugate_gradients(
+        lambda p: diagonal * p, right, lambda r: r, tolerance=1e-5, max_steps=5, kernels=kernels
+    )
+    assert relative(found[0], torch.tensor([1, 0.5])) < 1e-5
+    assert not found[[1, 3]].any()
+    assert convergence.converged.tolist()[:2] == [True, False]
+    assert convergence.steps.tolist()[:2] == [2, 0]
+
+
+def test_a_refined_layer(backend, launcher):
+    kernel = 0.1 * normal(0, 4, 4, 3, 3) + torch.eye(4)[..., None, None]
+    operator = Convolution(kernel.float(), (12, 12), padding=((1, 1), (1, 1)))
+    residual = normal(1, 2, *operator.out_shape).float()
+    solver = Solver("iterative", tolerance=1e-4)
+    expected = solver.prepare(operator).solve(residual)
+    assert relative(solver.prepare(operator, backend).solve(residual), expected) < 1e-3
+    assert {n.partition("<")[0] for n in launcher.launched} >= {"dots", "turn", "advance", "keep"}
 
 
 ACTIVATIONS = {

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from oracles import damped_least_squares, normal, relative
 
 from frfx.linalg import Convolution, Iterative, Matrix, Transposed
-from frfx.linalg.iterative import MAX_STEPS, TOLERANCE, conjugate_gradients
+from frfx.linalg.conjugate_gradients import conjugate_gradients
+from frfx.linalg.iterative import MAX_STEPS, TOLERANCE
 
 either_way = st.sampled_from([lambda operator: operator, Transposed])
 well = convolutions(dominant=3.0)

@@ -149,8 +149,8 @@ def test_torch_makes_a_graph_of_it():
     inverse(x, y)
     with torch.no_grad():
         graphed = torch.cuda.make_graphed_callables(lambda x, y: inverse(x, y), (x, y))
-    x, y = normal(1, 4, 1, 28, 28).float().cuda(), torch.arange(4, 8).cuda()
-    assert relative(graphed(x, y).cpu(), inverse(x, y).cpu()) < 1e-5
+        x, y = normal(1, 4, 1, 28, 28).float().cuda(), torch.arange(4, 8).cuda()
+        assert relative(graphed(x, y).cpu(), inverse(x, y).cpu()) < 1e-5
 
 
 def test_the_host_learns_in_time_that_all_have_converged():
