@@ -1,9 +1,10 @@
 // One matrix a frequency: block-circulant maps of small images (Eq. 12-20).
 //
 // A block takes its images there and back without leaving shared memory: rows there, columns there;
-// columns back, rows back. The transforms are products with tables, and a thread makes four results
-// at once, so that it computes more than it loads. Where a map is small, one kernel does it all, the
-// product between the transforms, too; else the product is a library's, on frequencies first.
+// columns back, rows back. The transforms are products with tables, and a thread makes a tile of
+// the result, four by four or four by two, so that it computes more than it loads. Where a map is
+// small, one kernel does it all, the product between the transforms, too; else the product is a
+// library's, on frequencies first.
 
 template <typename T>
 struct alignas(2 * sizeof(T)) Complex {
@@ -22,17 +23,18 @@ __device__ void add_product(Complex<T>& sum, const Complex<T>& a, const Complex<
   sum.im += a.re * b.im + a.im * b.re;
 }
 
-// A grid and the corners of it that source and result lie in.
+__device__ constexpr int quads(int n) { return (n + 3) / 4; }
+
+// A grid and the corners of it that source and result lie in. In shared memory a line of a half
+// spectrum takes `pitch` numbers, an even count; what is in the last, if it is one too many, does
+// not matter.
 struct Plane {
   int height, half, source_h, source_w, result_h, result_w;
+  __device__ int pitch() const { return half + half % 2; }
   // Columns make pairs of results, u and u + height / 2, from sums over even and odd terms.
   __device__ bool splits() const { return height % 2 == 0; }
   __device__ int near(int results) const {
     return splits() && results > height / 2 ? height / 2 : results;
-  }
-  __device__ int neighbours() const { return splits() ? 2 : 4; }
-  __device__ int wide(int results) const {  // how many threads make a column
-    return (near(results) + neighbours() - 1) / neighbours();
   }
 };
 
@@ -42,142 +44,174 @@ struct Plane {
 #define PLANE                                                                                  \
   { int(height_), int(width_) / 2 + 1, int(source_h_), int(source_w_), int(result_h_), int(result_w_) }
 
-// The tables: columns there (source_h, .), columns back (height, .), both filled up to a multiple of
-// the neighbours; rows there (source_w, half), rows back (half, result_w).
+// The tables: columns there (source_h, .), columns back (height, .), rows there (source_w, .), all
+// of them filled up to a multiple of four; rows back (half, result_w).
 template <typename T>
 struct Tables {
   const Complex<T>*columns_there, *columns_back, *rows_there, *rows_back;
   __device__ Tables(const T* tables, const Plane& plane) {
     columns_there = (const Complex<T>*)tables;
-    const int n = plane.neighbours();
-    columns_back = columns_there + plane.source_h * plane.wide(plane.height) * n;
-    rows_there = columns_back + plane.height * plane.wide(plane.result_h) * n;
-    rows_back = rows_there + plane.source_w * plane.half;
+    columns_back = columns_there + plane.source_h * quads(plane.near(plane.height)) * 4;
+    rows_there = columns_back + plane.height * quads(plane.near(plane.result_h)) * 4;
+    rows_back = rows_there + plane.source_w * quads(plane.half) * 4;
   }
 };
 
-// The residual of some lines, transposed: (source_w, lines up to a multiple of 4).
+// The residual of some lines, transposed: (source_w, quads of lines, 4), an odd number of quads, so
+// that neighbours in a line do not meet in a bank.
 template <typename T>
 __device__ void load_residual(const T* __restrict__ source, const T* __restrict__ minus,
                               T* residual, int lines, int source_w) {
-  const int lines4 = (lines + 3) / 4 * 4;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < lines4 * source_w; i += blockDim.x) {
-    const int line = i / source_w, at = i - line * source_w;
-    const bool inside = line < lines;
-    const T taken = inside && minus ? minus[i] : T(0);
-    residual[at * lines4 + line] = inside ? source[i] - taken : T(0);
+  Neighbours<T, 4>* to = (Neighbours<T, 4>*)residual;
+  const int step = quads(lines) | 1;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < quads(lines) * source_w; i += blockDim.x) {
+    const int quad = i / source_w, at = i - quad * source_w;
+    Neighbours<T, 4> values;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const bool inside = 4 * quad + k < lines;
+      const int from = (4 * quad + k) * source_w + at;
+      values.of[k] = inside ? source[from] - (minus ? minus[from] : T(0)) : T(0);
+    }
+    to[at * step + quad] = values;
   }
 }
 
-// Lines to half spectra: (lines, half).
+// Lines to half spectra: (lines, pitch).
 template <typename T>
 __device__ void rows_there(const T* residual, Complex<T>* to, int lines, const Plane& plane,
                            const Complex<T>* __restrict__ table) {
-  const int lines4 = (lines + 3) / 4, half = plane.half;
-  for (int i = threadIdx.x; i < lines4 * half; i += blockDim.x) {
-    const int quad = i / half, v = i - quad * half;
-    Complex<T> sums[4] = {};
-#pragma unroll 4
-    for (int at = 0; at < plane.source_w; ++at) {
-      const Complex<T> weight = table[at * half + v];
-      const Neighbours<T, 4> values = ((const Neighbours<T, 4>*)residual)[at * lines4 + quad];
+  const int wide = quads(plane.half), step = quads(lines) | 1, pitch = plane.pitch();
+  for (int i = threadIdx.x; i < quads(lines) * wide; i += blockDim.x) {
+    const int quad = i / wide, at = i - quad * wide;
+    const Neighbours<T, 4>* values = (const Neighbours<T, 4>*)residual + quad;
+    const Neighbours<Complex<T>, 4>* weights = (const Neighbours<Complex<T>, 4>*)table + at;
+    Complex<T> sums[4][4] = {};
+#pragma unroll 2
+    for (int w = 0; w < plane.source_w; ++w) {
+      const Neighbours<T, 4> value = values[w * step];
+      const Neighbours<Complex<T>, 4> weight = weights[w * wide];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        sums[k].re += values.of[k] * weight.re;
-        sums[k].im += values.of[k] * weight.im;
-      }
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          sums[k][j].re += value.of[k] * weight.of[j].re;
+          sums[k][j].im += value.of[k] * weight.of[j].im;
+        }
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (4 * quad + k < lines) to[(4 * quad + k) * half + v] = sums[k];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (4 * quad + k < lines && 4 * at + j < pitch)
+          to[(4 * quad + k) * pitch + 4 * at + j] = sums[k][j];
   }
 }
 
-// Along columns, there or back: (images, terms, half) to (images, results, half).
+template <typename T>
+__device__ void add_outer(Complex<T> (&sums)[4][2], const Neighbours<Complex<T>, 4>& weight,
+                          const Neighbours<Complex<T>, 2>& value) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) add_product(sums[k][j], value.of[j], weight.of[k]);
+}
+
+// Along columns, there or back: (images, terms, pitch) to (images, results, pitch).
 template <typename T>
 __device__ void along_columns(const Complex<T>* from, Complex<T>* to, int images, int terms,
                               int results, const Plane& plane,
                               const Complex<T>* __restrict__ table) {
-  const int half = plane.half, near = plane.near(results), wide = plane.wide(results);
-  for (int i = threadIdx.x; i < images * wide * half; i += blockDim.x) {
-    const int line = i / half, v = i - line * half;
+  typedef Neighbours<Complex<T>, 2> Pair;
+  const int pairs = plane.pitch() / 2, near = plane.near(results), wide = quads(near);
+  for (int i = threadIdx.x; i < images * wide * pairs; i += blockDim.x) {
+    const int line = i / pairs, pair = i - line * pairs;
     const int image = line / wide, at = line - image * wide;
-    const Complex<T>* values = from + image * terms * half + v;
-    Complex<T>* found = to + image * results * half + v;
+    const Pair* values = (const Pair*)from + image * terms * pairs + pair;
+    const Neighbours<Complex<T>, 4>* weights = (const Neighbours<Complex<T>, 4>*)table + at;
+    Pair* found = (Pair*)to + image * results * pairs + pair;
+    Complex<T> even[4][2] = {}, odd[4][2] = {};
     if (plane.splits()) {
-      const Neighbours<Complex<T>, 2>* weights = (const Neighbours<Complex<T>, 2>*)table + at;
-      Complex<T> even[2] = {}, odd[2] = {};
-#pragma unroll 4
-      for (int k = 0; k < terms; k += 2) {
-        const Complex<T> value = values[k * half];
-        const Neighbours<Complex<T>, 2> weight = weights[k * wide];
-        add_product(even[0], value, weight.of[0]);
-        add_product(even[1], value, weight.of[1]);
-        if (k + 1 < terms) {
-          const Complex<T> next = values[(k + 1) * half];
-          const Neighbours<Complex<T>, 2> after = weights[(k + 1) * wide];
-          add_product(odd[0], next, after.of[0]);
-          add_product(odd[1], next, after.of[1]);
-        }
+#pragma unroll 2
+      for (int k = 0; k + 1 < terms; k += 2) {
+        add_outer(even, weights[k * wide], values[k * pairs]);
+        add_outer(odd, weights[(k + 1) * wide], values[(k + 1) * pairs]);
       }
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int u = 2 * at + k, other = u + plane.height / 2;
-        if (u >= near) continue;
-        found[u * half] = {even[k].re + odd[k].re, even[k].im + odd[k].im};
-        if (other < results)
-          found[other * half] = {even[k].re - odd[k].re, even[k].im - odd[k].im};
-      }
+      if (terms % 2) add_outer(even, weights[(terms - 1) * wide], values[(terms - 1) * pairs]);
     } else {
-      const Neighbours<Complex<T>, 4>* weights = (const Neighbours<Complex<T>, 4>*)table + at;
-      Complex<T> sums[4] = {};
-#pragma unroll 4
-      for (int k = 0; k < terms; ++k) {
-        const Complex<T> value = values[k * half];
-        const Neighbours<Complex<T>, 4> weight = weights[k * wide];
+#pragma unroll 2
+      for (int k = 0; k < terms; ++k) add_outer(even, weights[k * wide], values[k * pairs]);
+    }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) add_product(sums[j], value, weight.of[j]);
+    for (int k = 0; k < 4; ++k) {
+      const int u = 4 * at + k, other = u + plane.height / 2;
+      if (u >= near) continue;
+      Pair sum, difference;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        sum.of[j] = {even[k][j].re + odd[k][j].re, even[k][j].im + odd[k][j].im};
+        difference.of[j] = {even[k][j].re - odd[k][j].re, even[k][j].im - odd[k][j].im};
       }
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        if (4 * at + k < results) found[(4 * at + k) * half] = sums[k];
+      found[u * pairs] = sum;
+      if (plane.splits() && other < results) found[other * pairs] = difference;
     }
   }
 }
 
-// Half spectra to lines, and the sum.
+// Half spectra to lines, and the sum. A thread's columns are a quarter of the width apart.
 template <typename T>
 __device__ void rows_back(const Complex<T>* from, const T* __restrict__ plus,
                           T* __restrict__ result, int lines, const Plane& plane,
                           const Complex<T>* __restrict__ table) {
-  const int half = plane.half, width = plane.result_w;
-  for (int i = threadIdx.x; i < (lines + 3) / 4 * width; i += blockDim.x) {
-    const int quad = i / width, q = i - quad * width;
-    const int there = lines - 4 * quad < 4 ? lines - 4 * quad : 4;
-    T sums[4] = {};
-    if (plus) {
+  typedef Neighbours<Complex<T>, 2> Pair;
+  const int width = plane.result_w, quarter = quads(width), pairs = plane.pitch() / 2;
+  for (int i = threadIdx.x; i < quads(lines) * quarter; i += blockDim.x) {
+    const int quad = i / quarter, at = i - quad * quarter;
+    T sums[4][4] = {};
+    const Pair* values[4];
+    const Complex<T>* weights[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        if (k < there) sums[k] = plus[(4 * quad + k) * width + q];
+    for (int k = 0; k < 4; ++k) {
+      const int line = 4 * quad + k < lines ? 4 * quad + k : lines - 1;
+      const int column = at + k * quarter < width ? at + k * quarter : width - 1;
+      values[k] = (const Pair*)from + line * pairs;
+      weights[k] = table + column;
     }
-#pragma unroll 4
-    for (int v = 0; v < half; ++v) {
-      const Complex<T> weight = table[v * width + q];
+    for (int v = 0; v < plane.half; v += 2) {
+      Pair value[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const Complex<T> value = from[(4 * quad + (k < there ? k : there - 1)) * half + v];
-        sums[k] += value.re * weight.re - value.im * weight.im;
+      for (int k = 0; k < 4; ++k) value[k] = values[k][v / 2];
+#pragma unroll
+      for (int next = 0; next < 2; ++next) {
+        if (v + next == plane.half) break;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Complex<T> weight = weights[j][(v + next) * width];
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            sums[k][j] += value[k].of[next].re * weight.re - value[k].of[next].im * weight.im;
+        }
       }
     }
+    T given[4][4] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (k < there) result[(4 * quad + k) * width + q] = sums[k];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (plus && 4 * quad + k < lines && at + j * quarter < width)
+          given[k][j] = plus[(4 * quad + k) * width + at + j * quarter];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (4 * quad + k < lines && at + j * quarter < width)
+          result[(4 * quad + k) * width + at + j * quarter] = sums[k][j] + given[k][j];
   }
 }
 
 // A whole map: a block has one sample and group. The matrices are (groups, rows, columns, height,
-// half): c' are the rows, c the columns.
+// pitch): c' are the rows, c the columns.
 template <typename T>
 __global__ void __launch_bounds__(512)
     circular_map(const T* __restrict__ source, const T* __restrict__ minus,
@@ -187,7 +221,7 @@ __global__ void __launch_bounds__(512)
   extern __shared__ __align__(16) unsigned char memory[];
   const Plane plane = PLANE;
   const Tables<T> tables(tables_, plane);
-  const int rows = int(rows_), columns = int(columns_), frequencies = plane.height * plane.half;
+  const int rows = int(rows_), columns = int(columns_), frequencies = plane.height * plane.pitch();
   const int lines = columns * plane.source_h, lines_back = rows * plane.result_h;
   Complex<T>* even = (Complex<T>*)memory;
   Complex<T>* odd = even + first;
@@ -251,8 +285,9 @@ __global__ void __launch_bounds__(512)
   along_columns(even, odd, count, plane.source_h, plane.height, plane, tables.columns_there);
   __syncthreads();
   for (int i = threadIdx.x; i < frequencies * int(a_block); i += blockDim.x) {
-    const int f = i / int(a_block), image = i - f * int(a_block);
-    if (image < count) result[f * images + image] = odd[image * frequencies + f];
+    const int f = i / int(a_block), image = i - f * int(a_block), u = f / plane.half;
+    const int at = (image * plane.height + u) * plane.pitch() + f - u * plane.half;
+    if (image < count) result[f * images + image] = odd[at];
   }
 }
 
@@ -274,8 +309,9 @@ __global__ void __launch_bounds__(512)
 
 #pragma unroll 4
   for (int i = threadIdx.x; i < frequencies * int(a_block); i += blockDim.x) {
-    const int f = i / int(a_block), image = i - f * int(a_block);
-    if (image < count) even[image * frequencies + f] = spectra[f * images + image];
+    const int f = i / int(a_block), image = i - f * int(a_block), u = f / plane.half;
+    const int at = (image * plane.height + u) * plane.pitch() + f - u * plane.half;
+    if (image < count) even[at] = spectra[f * images + image];
   }
   __syncthreads();
   along_columns(even, odd, count, plane.height, plane.result_h, plane, tables.columns_back);

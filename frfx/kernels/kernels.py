@@ -158,7 +158,7 @@ class Kernels:
             plus: Shape (N, G, c', ...).
         """
         plane = circular.plane
-        groups, rows, columns, _ = circular.matrices.shape
+        groups, rows, columns, *_ = circular.matrices.shape
         n = source.shape[0]
         size = plane.result[5 - source.ndim :]  # of one dimension, without the height of one
         result = source.new_empty(n, groups, rows, *size)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _A_BLOCK = (4, 8, 16)
 """How many images a block may take."""
@@ -46,7 +47,7 @@ class Plane:
         tables = (
             _columns(source[0], height, height, -1),
             _columns(height, result[0], height, 1),
-            _powers(source[1], half, width, -1),
+            F.pad(_powers(source[1], half, width, -1), (0, -half % 4)),
             _powers(half, result[1], width, 1) * twice[:, None],
         )
         return cls(size, source, result, torch.cat([t.flatten() for t in tables]).to(like))
@@ -55,6 +56,11 @@ class Plane:
     def half(self) -> int:
         """The width of half a spectrum."""
         return self.size[1] // 2 + 1
+
+    @property
+    def pitch(self) -> int:
+        """How many numbers a line of half a spectrum takes in shared memory: an even count."""
+        return self.half + self.half % 2
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -69,27 +75,27 @@ class Plane:
     def there(self, images: int) -> tuple[int, int]:
         """Return how many complex numbers a block keeps of the even and of the odd steps there."""
         lines = images * self.source[0]
-        residual = -(-lines // 4) * 4 * self.source[1]
-        return lines * self.half, max(-(-residual // 2), images * self.size[0] * self.half)
+        residual = 4 * (_quads(lines) | 1) * self.source[1]
+        return lines * self.pitch, max(residual // 2, images * self.size[0] * self.pitch)
 
     def back(self, images: int) -> tuple[int, int]:
         """Return the same for the steps back."""
-        return images * self.size[0] * self.half, images * self.result[0] * self.half
+        return images * self.size[0] * self.pitch, images * self.result[0] * self.pitch
 
     def work_there(self, images: int) -> tuple[tuple[int, int], ...]:
-        """Return how many times a thread has four results to make, and of how many terms each."""
-        lines = -(-images * self.source[0] // 4)
+        """Return how many tiles the threads have to make, and of how many terms each."""
+        wide = _quads(_near(self.size[0], self.size[0]))
         return (
-            (lines * self.half, self.source[1]),
-            (images * _wide(self.size[0], self.size[0]) * self.half, self.source[0]),
+            (_quads(images * self.source[0]) * _quads(self.half), self.source[1]),
+            (images * wide * self.pitch // 2, self.source[0]),
         )
 
     def work_back(self, images: int) -> tuple[tuple[int, int], ...]:
         """Return the same for the steps back."""
-        lines = -(-images * self.result[0] // 4)
+        wide = _quads(_near(self.result[0], self.size[0]))
         return (
-            (images * _wide(self.result[0], self.size[0]) * self.half, self.size[0]),
-            (lines * self.result[1], self.half),
+            (images * wide * self.pitch // 2, self.size[0]),
+            (_quads(images * self.result[0]) * _quads(self.result[1]), self.half),
         )
 
     def images(self, memory: int, images: int) -> int:
@@ -102,16 +108,18 @@ class Plane:
         return max((n for n in fitting if images >= n * _BLOCKS), default=fitting[0])
 
 
-def _wide(results: int, height: int) -> int:
-    """Return how many threads make a column, as fourier.cu has it."""
-    split = height % 2 == 0
-    return -(-(min(results, height // 2) if split else results) // (2 if split else 4))
+def _quads(n: int) -> int:
+    return -(-n // 4)
+
+
+def _near(results: int, height: int) -> int:
+    """Return how many results of a column are made from sums, as fourier.cu has it."""
+    return min(results, height // 2) if height % 2 == 0 else results
 
 
 def _columns(terms: int, results: int, height: int, sign: int) -> Tensor:
     """Return a table of transforms along columns."""
-    wide = _wide(results, height) * (2 if height % 2 == 0 else 4)
-    return _powers(terms, wide, height, sign)
+    return _powers(terms, 4 * _quads(_near(results, height)), height, sign)
 
 
 def _powers(rows: int, columns: int, n: int, sign: int) -> Tensor:
@@ -127,7 +135,7 @@ class CircularMap:
 
     Attributes:
         plane: The grid.
-        matrices: Shape (G, c', c, F), complex, with F = height * (width // 2 + 1).
+        matrices: Shape (G, c', c, height, pitch), complex.
     """
 
     plane: Plane
@@ -136,12 +144,13 @@ class CircularMap:
     @classmethod
     def of(cls, plane: Plane, matrices: Tensor) -> CircularMap:
         """Take matrices (G, F, c', c) at the half spectrum, over the size of the grid."""
-        return cls(plane, matrices.permute(0, 2, 3, 1).contiguous())
+        lines = matrices.permute(0, 2, 3, 1).unflatten(-1, (plane.size[0], plane.half))
+        return cls(plane, F.pad(lines, (0, plane.pitch - plane.half)).contiguous())
 
     @property
     def buffers(self) -> tuple[int, int]:
         """How many complex numbers a block keeps of the even steps, and of the odd ones."""
-        _, rows, columns, _ = self.matrices.shape
+        _, rows, columns, *_ = self.matrices.shape
         pairs = zip(self.plane.there(columns), self.plane.back(rows), strict=True)
         even, odd = (max(pair) for pair in pairs)
         return even + even % 2, odd + odd % 2
@@ -154,8 +163,8 @@ class CircularMap:
     @functools.cached_property
     def threads(self) -> int:
         """How many threads a block should have."""
-        _, rows, columns, frequencies = self.matrices.shape
-        product = (-(-rows // 4) * frequencies, columns)
+        _, rows, columns, height, pitch = self.matrices.shape
+        product = (_quads(rows) * height * pitch, columns)
         return threads_for((*self.plane.work_there(columns), product, *self.plane.work_back(rows)))
 
     @property
