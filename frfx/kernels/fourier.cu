@@ -1,59 +1,77 @@
 // One matrix a frequency: block-circulant maps of small images (Eq. 12-20).
 //
 // A block takes its images there and back without leaving shared memory: rows there, columns there;
-// columns back, rows back. The transforms are products with tables, and a thread makes a tile of
-// the result, four by four or four by two, so that it computes more than it loads. Where a map is
-// small, one kernel does it all, the product between the transforms, too; else the product is a
-// library's, on frequencies first.
+// columns back, rows back. The transforms are products with tables. A thread makes a tile of the
+// result, for what is loaded costs more than what is computed: the more, the wider the tile, and the
+// fewer threads have anything to do. Of an even size, results come in pairs, from the sum over the
+// even terms and that over the odd ones. Where a map is small, one kernel does it all, the product
+// between the transforms, too; else the product is a library's, on frequencies first.
 
 template <typename T>
 struct alignas(2 * sizeof(T)) Complex {
   T re, im;
 };
 
-// Neighbours, which loads of 16 bytes bring.
+// Neighbours, which loads of up to 16 bytes bring.
 template <typename V, int n>
-struct alignas(16) Neighbours {
+struct alignas(n * sizeof(V) < 16 ? n * sizeof(V) : 16) Neighbours {
   V of[n];
 };
 
+// The real products one after the other: each is one instruction with its sum.
 template <typename T>
 __device__ void add_product(Complex<T>& sum, const Complex<T>& a, const Complex<T>& b) {
-  sum.re += a.re * b.re - a.im * b.im;
-  sum.im += a.re * b.im + a.im * b.re;
+  sum.re += a.re * b.re;
+  sum.re -= a.im * b.im;
+  sum.im += a.re * b.im;
+  sum.im += a.im * b.re;
 }
 
-__device__ constexpr int quads(int n) { return (n + 3) / 4; }
+__device__ constexpr int parts(int n, int each) { return (n + each - 1) / each; }
+__device__ constexpr int quads(int n) { return parts(n, 4); }
+
+// Division of numbers below 2^20, without the many steps that integers take.
+struct Divider {
+  float over;
+  __device__ Divider(int by) : over(1.0f / float(by)) {}
+  __device__ int operator()(int i) const { return int((float(i) + 0.5f) * over); }
+};
 
 // A grid and the corners of it that source and result lie in. In shared memory a line of a half
 // spectrum takes `pitch` numbers, an even count; what is in the last, if it is one too many, does
 // not matter.
 struct Plane {
-  int height, half, source_h, source_w, result_h, result_w;
-  __device__ int pitch() const { return half + half % 2; }
-  // Columns make pairs of results, u and u + height / 2, from sums over even and odd terms.
-  __device__ bool splits() const { return height % 2 == 0; }
-  __device__ int near(int results) const {
-    return splits() && results > height / 2 ? height / 2 : results;
+  int height, width, source_h, source_w, result_h, result_w;
+  __device__ int half() const { return width / 2 + 1; }
+  __device__ int pitch() const { return half() + half() % 2; }
+  __device__ int frequencies() const { return height * half(); }
+  // How many results of a column, and of a line there and back, are made; the others are their pairs:
+  // u and u + height / 2, v and width / 2 - v, q and q + width / 2.
+  __device__ int columns(int results) const {
+    return height % 2 == 0 && results > height / 2 ? height / 2 : results;
+  }
+  __device__ int there() const { return width % 2 == 0 ? width / 4 + 1 : half(); }
+  __device__ int back() const {
+    return width % 2 == 0 && result_w > width / 2 ? width / 2 : result_w;
   }
 };
 
 #define PLANE_PARAMETERS                                                                       \
   long long height_, long long width_, long long source_h_, long long source_w_,               \
       long long result_h_, long long result_w_
-#define PLANE                                                                                  \
-  { int(height_), int(width_) / 2 + 1, int(source_h_), int(source_w_), int(result_h_), int(result_w_) }
+#define PLANE \
+  { int(height_), int(width_), int(source_h_), int(source_w_), int(result_h_), int(result_w_) }
 
 // The tables: columns there (source_h, .), columns back (height, .), rows there (source_w, .), all
-// of them filled up to a multiple of four; rows back (half, result_w).
+// of them filled up to a multiple of four; rows back (half, .).
 template <typename T>
 struct Tables {
   const Complex<T>*columns_there, *columns_back, *rows_there, *rows_back;
   __device__ Tables(const T* tables, const Plane& plane) {
     columns_there = (const Complex<T>*)tables;
-    columns_back = columns_there + plane.source_h * quads(plane.near(plane.height)) * 4;
-    rows_there = columns_back + plane.height * quads(plane.near(plane.result_h)) * 4;
-    rows_back = rows_there + plane.source_w * quads(plane.half) * 4;
+    columns_back = columns_there + plane.source_h * quads(plane.columns(plane.height)) * 4;
+    rows_there = columns_back + plane.height * quads(plane.columns(plane.result_h)) * 4;
+    rows_back = rows_there + plane.source_w * quads(plane.there()) * 4;
   }
 };
 
@@ -64,89 +82,111 @@ __device__ void load_residual(const T* __restrict__ source, const T* __restrict_
                               T* residual, int lines, int source_w) {
   Neighbours<T, 4>* to = (Neighbours<T, 4>*)residual;
   const int step = quads(lines) | 1;
+  const Divider by_width(source_w);
 #pragma unroll 2
   for (int i = threadIdx.x; i < quads(lines) * source_w; i += blockDim.x) {
-    const int quad = i / source_w, at = i - quad * source_w;
+    const int quad = by_width(i), at = i - quad * source_w;
     Neighbours<T, 4> values;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const bool inside = 4 * quad + k < lines;
       const int from = (4 * quad + k) * source_w + at;
-      values.of[k] = inside ? source[from] - (minus ? minus[from] : T(0)) : T(0);
+      values.of[k] = 4 * quad + k < lines ? source[from] - (minus ? minus[from] : T(0)) : T(0);
     }
     to[at * step + quad] = values;
   }
 }
 
-// Lines to half spectra: (lines, pitch).
-template <typename T>
-__device__ void rows_there(const T* residual, Complex<T>* to, int lines, const Plane& plane,
-                           const Complex<T>* __restrict__ table) {
-  const int wide = quads(plane.half), step = quads(lines) | 1, pitch = plane.pitch();
-  for (int i = threadIdx.x; i < quads(lines) * wide; i += blockDim.x) {
-    const int quad = i / wide, at = i - quad * wide;
-    const Neighbours<T, 4>* values = (const Neighbours<T, 4>*)residual + quad;
-    const Neighbours<Complex<T>, 4>* weights = (const Neighbours<Complex<T>, 4>*)table + at;
-    Complex<T> sums[4][4] = {};
-#pragma unroll 2
-    for (int w = 0; w < plane.source_w; ++w) {
-      const Neighbours<T, 4> value = values[w * step];
-      const Neighbours<Complex<T>, 4> weight = weights[w * wide];
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          sums[k][j].re += value.of[k] * weight.of[j].re;
-          sums[k][j].im += value.of[k] * weight.of[j].im;
-        }
-    }
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (4 * quad + k < lines && 4 * at + j < pitch)
-          to[(4 * quad + k) * pitch + 4 * at + j] = sums[k][j];
-  }
-}
-
-template <typename T>
-__device__ void add_outer(Complex<T> (&sums)[4][2], const Neighbours<Complex<T>, 4>& weight,
-                          const Neighbours<Complex<T>, 2>& value) {
+template <typename T, int n>
+__device__ void add_outer(Complex<T> (&sums)[4][n], const Neighbours<T, 4>& values,
+                          const Neighbours<Complex<T>, n>& weights) {
 #pragma unroll
   for (int k = 0; k < 4; ++k)
 #pragma unroll
-    for (int j = 0; j < 2; ++j) add_product(sums[k][j], value.of[j], weight.of[k]);
+    for (int j = 0; j < n; ++j) {
+      sums[k][j].re += values.of[k] * weights.of[j].re;
+      sums[k][j].im += values.of[k] * weights.of[j].im;
+    }
 }
 
-// Along columns, there or back: (images, terms, pitch) to (images, results, pitch).
-template <typename T>
+// Lines to half spectra: (lines, pitch). A tile has four lines.
+template <typename T, int tile>
+__device__ void rows_there(const T* residual, Complex<T>* to, int lines, const Plane& plane,
+                           const Complex<T>* __restrict__ table) {
+  constexpr int n = (tile + 1) / 2;
+  const int wide = parts(plane.there(), n), step = quads(lines) | 1, pitch = plane.pitch();
+  const int stride = quads(plane.there()) * 4 / n;
+  const bool splits = plane.width % 2 == 0;
+  for (int i = threadIdx.x; i < quads(lines) * wide; i += blockDim.x) {
+    const int quad = i / wide, at = i - quad * wide;
+    const Neighbours<T, 4>* values = (const Neighbours<T, 4>*)residual + quad;
+    const Neighbours<Complex<T>, n>* weights = (const Neighbours<Complex<T>, n>*)table + at;
+    Complex<T> even[4][n] = {}, odd[4][n] = {};
+    int w = 0;
+    if (splits) {
+#pragma unroll 2
+      for (; w + 1 < plane.source_w; w += 2) {
+        add_outer<T, n>(even, values[w * step], weights[w * stride]);
+        add_outer<T, n>(odd, values[(w + 1) * step], weights[(w + 1) * stride]);
+      }
+    }
+#pragma unroll 2
+    for (; w < plane.source_w; ++w) add_outer<T, n>(even, values[w * step], weights[w * stride]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (4 * quad + k >= lines) break;
+      Complex<T>* line = to + (4 * quad + k) * pitch;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        const int v = n * at + j;
+        if (v >= plane.there()) break;
+        const Complex<T> a = even[k][j], b = odd[k][j];
+        line[v] = {a.re + b.re, a.im + b.im};
+        if (splits) line[plane.width / 2 - v] = {a.re - b.re, b.im - a.im};
+      }
+    }
+  }
+}
+
+template <typename T, int n>
+__device__ void add_outer(Complex<T> (&sums)[n][2], const Neighbours<Complex<T>, n>& weights,
+                          const Neighbours<Complex<T>, 2>& values) {
+#pragma unroll
+  for (int k = 0; k < n; ++k)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) add_product(sums[k][j], values.of[j], weights.of[k]);
+}
+
+// Along columns, there or back: (images, terms, pitch) to (images, results, pitch). A tile has two
+// columns.
+template <typename T, int tile>
 __device__ void along_columns(const Complex<T>* from, Complex<T>* to, int images, int terms,
                               int results, const Plane& plane,
                               const Complex<T>* __restrict__ table) {
   typedef Neighbours<Complex<T>, 2> Pair;
-  const int pairs = plane.pitch() / 2, near = plane.near(results), wide = quads(near);
+  const int pairs = plane.pitch() / 2, made = plane.columns(results), wide = parts(made, tile);
+  const int stride = quads(made) * 4 / tile;
+  const bool splits = plane.height % 2 == 0;
   for (int i = threadIdx.x; i < images * wide * pairs; i += blockDim.x) {
     const int line = i / pairs, pair = i - line * pairs;
     const int image = line / wide, at = line - image * wide;
     const Pair* values = (const Pair*)from + image * terms * pairs + pair;
-    const Neighbours<Complex<T>, 4>* weights = (const Neighbours<Complex<T>, 4>*)table + at;
+    const Neighbours<Complex<T>, tile>* weights = (const Neighbours<Complex<T>, tile>*)table + at;
     Pair* found = (Pair*)to + image * results * pairs + pair;
-    Complex<T> even[4][2] = {}, odd[4][2] = {};
-    if (plane.splits()) {
+    Complex<T> even[tile][2] = {}, odd[tile][2] = {};
+    int k = 0;
+    if (splits) {
 #pragma unroll 2
-      for (int k = 0; k + 1 < terms; k += 2) {
-        add_outer(even, weights[k * wide], values[k * pairs]);
-        add_outer(odd, weights[(k + 1) * wide], values[(k + 1) * pairs]);
+      for (; k + 1 < terms; k += 2) {
+        add_outer<T, tile>(even, weights[k * stride], values[k * pairs]);
+        add_outer<T, tile>(odd, weights[(k + 1) * stride], values[(k + 1) * pairs]);
       }
-      if (terms % 2) add_outer(even, weights[(terms - 1) * wide], values[(terms - 1) * pairs]);
-    } else {
-#pragma unroll 2
-      for (int k = 0; k < terms; ++k) add_outer(even, weights[k * wide], values[k * pairs]);
     }
+#pragma unroll 2
+    for (; k < terms; ++k) add_outer<T, tile>(even, weights[k * stride], values[k * pairs]);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int u = 4 * at + k, other = u + plane.height / 2;
-      if (u >= near) continue;
+    for (int k = 0; k < tile; ++k) {
+      const int u = tile * at + k, other = u + plane.height / 2;
+      if (u >= made) break;
       Pair sum, difference;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -154,66 +194,84 @@ __device__ void along_columns(const Complex<T>* from, Complex<T>* to, int images
         difference.of[j] = {even[k][j].re - odd[k][j].re, even[k][j].im - odd[k][j].im};
       }
       found[u * pairs] = sum;
-      if (plane.splits() && other < results) found[other * pairs] = difference;
+      if (splits && other < results) found[other * pairs] = difference;
     }
   }
 }
 
-// Half spectra to lines, and the sum. A thread's columns are a quarter of the width apart.
-template <typename T>
+// Half spectra to lines, and the sum. A tile has four lines; its columns are as far apart as there
+// are tiles in a line, so that neighbouring threads write neighbours.
+template <typename T, int tile>
 __device__ void rows_back(const Complex<T>* from, const T* __restrict__ plus,
                           T* __restrict__ result, int lines, const Plane& plane,
                           const Complex<T>* __restrict__ table) {
   typedef Neighbours<Complex<T>, 2> Pair;
-  const int width = plane.result_w, quarter = quads(width), pairs = plane.pitch() / 2;
-  for (int i = threadIdx.x; i < quads(lines) * quarter; i += blockDim.x) {
-    const int quad = i / quarter, at = i - quad * quarter;
-    T sums[4][4] = {};
+  const int width = plane.result_w, made = plane.back(), wide = parts(made, tile);
+  const int pairs = plane.pitch() / 2, half = plane.half();
+  const bool splits = plane.width % 2 == 0;
+  for (int i = threadIdx.x; i < quads(lines) * wide; i += blockDim.x) {
+    const int quad = i / wide, at = i - quad * wide;
+    T even[4][tile] = {}, odd[4][tile] = {};
     const Pair* values[4];
-    const Complex<T>* weights[4];
+    const Complex<T>* weights[tile];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int line = 4 * quad + k < lines ? 4 * quad + k : lines - 1;
-      const int column = at + k * quarter < width ? at + k * quarter : width - 1;
-      values[k] = (const Pair*)from + line * pairs;
-      weights[k] = table + column;
-    }
-    for (int v = 0; v < plane.half; v += 2) {
+    for (int k = 0; k < 4; ++k)
+      values[k] = (const Pair*)from + (4 * quad + k < lines ? 4 * quad + k : lines - 1) * pairs;
+#pragma unroll
+    for (int j = 0; j < tile; ++j)
+      weights[j] = table + (at + j * wide < made ? at + j * wide : made - 1);
+    for (int v = 0; v < half; v += 2) {
       Pair value[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) value[k] = values[k][v / 2];
 #pragma unroll
-      for (int next = 0; next < 2; ++next) {
-        if (v + next == plane.half) break;
+      for (int j = 0; j < tile; ++j) {
+        const Complex<T> weight = weights[j][v * made];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const Complex<T> weight = weights[j][(v + next) * width];
+        for (int k = 0; k < 4; ++k) {
+          even[k][j] += value[k].of[0].re * weight.re;
+          even[k][j] -= value[k].of[0].im * weight.im;
+        }
+      }
+      if (v + 1 == half) break;
 #pragma unroll
-          for (int k = 0; k < 4; ++k)
-            sums[k][j] += value[k].of[next].re * weight.re - value[k].of[next].im * weight.im;
+      for (int j = 0; j < tile; ++j) {
+        const Complex<T> weight = weights[j][(v + 1) * made];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          odd[k][j] += value[k].of[1].re * weight.re;
+          odd[k][j] -= value[k].of[1].im * weight.im;
         }
       }
     }
-    T given[4][4] = {};
+    const long long start = 4 * quad * width;
+    T given[4][tile][2] = {};  // all of them on their way before the first is waited for
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (plus && 4 * quad + k < lines && at + j * quarter < width)
-          given[k][j] = plus[(4 * quad + k) * width + at + j * quarter];
+      for (int j = 0; j < tile; ++j) {
+        const int q = at + j * wide, other = q + plane.width / 2;
+        const bool inside = plus && 4 * quad + k < lines && q < made;
+        if (inside) given[k][j][0] = plus[start + k * width + q];
+        if (inside && splits && other < width) given[k][j][1] = plus[start + k * width + other];
+      }
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (4 * quad + k < lines && at + j * quarter < width)
-          result[(4 * quad + k) * width + at + j * quarter] = sums[k][j] + given[k][j];
+      for (int j = 0; j < tile; ++j) {
+        const int q = at + j * wide, other = q + plane.width / 2;
+        const bool inside = 4 * quad + k < lines && q < made;
+        if (inside) result[start + k * width + q] = given[k][j][0] + (even[k][j] + odd[k][j]);
+        if (inside && splits && other < width)
+          result[start + k * width + other] = given[k][j][1] + (even[k][j] - odd[k][j]);
+      }
   }
 }
 
 // A whole map: a block has one sample and group. The matrices are (groups, rows, columns, height,
 // pitch): c' are the rows, c the columns.
-template <typename T>
-__global__ void __launch_bounds__(512)
+template <typename T, int tile>
+__global__ void __launch_bounds__(384, 2)
     circular_map(const T* __restrict__ source, const T* __restrict__ minus,
                  const T* __restrict__ plus, const T* __restrict__ matrices_,
                  const T* __restrict__ tables_, T* __restrict__ result, long long groups,
@@ -221,7 +279,7 @@ __global__ void __launch_bounds__(512)
   extern __shared__ __align__(16) unsigned char memory[];
   const Plane plane = PLANE;
   const Tables<T> tables(tables_, plane);
-  const int rows = int(rows_), columns = int(columns_), frequencies = plane.height * plane.pitch();
+  const int rows = int(rows_), columns = int(columns_), numbers = plane.height * plane.pitch();
   const int lines = columns * plane.source_h, lines_back = rows * plane.result_h;
   Complex<T>* even = (Complex<T>*)memory;
   Complex<T>* odd = even + first;
@@ -230,94 +288,116 @@ __global__ void __launch_bounds__(512)
   const long long there = sample * lines * plane.source_w;
   load_residual(source + there, minus ? minus + there : nullptr, (T*)odd, lines, plane.source_w);
   __syncthreads();
-  rows_there((const T*)odd, even, lines, plane, tables.rows_there);
+  rows_there<T, tile>((const T*)odd, even, lines, plane, tables.rows_there);
   __syncthreads();
-  along_columns(even, odd, columns, plane.source_h, plane.height, plane, tables.columns_there);
+  along_columns<T, tile>(even, odd, columns, plane.source_h, plane.height, plane,
+                         tables.columns_there);
   __syncthreads();
 
   const Complex<T>* matrices = (const Complex<T>*)matrices_ +
-                               (sample % groups) * rows * columns * (long long)frequencies;
-  for (int i = threadIdx.x; i < (rows + 3) / 4 * frequencies; i += blockDim.x) {
-    const int quad = i / frequencies, f = i - quad * frequencies;
+                               (sample % groups) * rows * columns * (long long)numbers;
+  const Divider by_numbers(numbers);
+  for (int i = threadIdx.x; i < quads(rows) * numbers; i += blockDim.x) {
+    const int quad = by_numbers(i), f = i - quad * numbers;
     Complex<T> sums[4] = {};
 #pragma unroll 4
     for (int c = 0; c < columns; ++c) {
-      const Complex<T> value = odd[c * frequencies + f];
+      const Complex<T> value = odd[c * numbers + f];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int row = 4 * quad + k < rows ? 4 * quad + k : rows - 1;
-        add_product(sums[k], value, matrices[(row * columns + c) * (long long)frequencies + f]);
+        add_product(sums[k], value, matrices[(row * columns + c) * (long long)numbers + f]);
       }
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (4 * quad + k < rows) even[(4 * quad + k) * frequencies + f] = sums[k];
+      if (4 * quad + k < rows) even[(4 * quad + k) * numbers + f] = sums[k];
   }
   __syncthreads();
 
-  along_columns(even, odd, rows, plane.height, plane.result_h, plane, tables.columns_back);
+  along_columns<T, tile>(even, odd, rows, plane.height, plane.result_h, plane,
+                         tables.columns_back);
   __syncthreads();
   const long long back = sample * lines_back * plane.result_w;
-  rows_back(odd, plus ? plus + back : nullptr, result + back, lines_back, plane, tables.rows_back);
+  rows_back<T, tile>(odd, plus ? plus + back : nullptr, result + back, lines_back, plane,
+                     tables.rows_back);
 }
 
+// The images of a block, and which of their numbers a thread carries between its memory, (images,
+// height, pitch), and a library's, (frequencies, all images).
+struct Images {
+  int each, count, image, first, step;
+  long long start;
+  __device__ Images(long long a_block, long long images) : each(int(a_block)) {
+    start = blockIdx.x * a_block;
+    count = int(images - start < a_block ? images - start : a_block);
+    image = threadIdx.x % each;
+    first = threadIdx.x / each;
+    step = blockDim.x / each;
+  }
+};
+
 // The spectra of some images a block, frequencies first: (height, half, images).
-template <typename T>
-__global__ void __launch_bounds__(512)
+template <typename T, int tile>
+__global__ void __launch_bounds__(384, 2)
     spectra(const T* __restrict__ source, const T* __restrict__ minus,
             const T* __restrict__ tables_, T* __restrict__ result_, long long images,
             long long a_block, PLANE_PARAMETERS, long long first) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Plane plane = PLANE;
   const Tables<T> tables(tables_, plane);
-  const long long start = blockIdx.x * a_block;
-  const int count = int(images - start < a_block ? images - start : a_block);
-  const int lines = count * plane.source_h, frequencies = plane.height * plane.half;
+  const Images block(a_block, images);
+  const int lines = block.count * plane.source_h;
   Complex<T>* even = (Complex<T>*)memory;
   Complex<T>* odd = even + first;
-  Complex<T>* result = (Complex<T>*)result_ + start;
 
-  const long long there = start * plane.source_h * plane.source_w;
+  const long long there = block.start * plane.source_h * plane.source_w;
   load_residual(source + there, minus ? minus + there : nullptr, (T*)odd, lines, plane.source_w);
   __syncthreads();
-  rows_there((const T*)odd, even, lines, plane, tables.rows_there);
+  rows_there<T, tile>((const T*)odd, even, lines, plane, tables.rows_there);
   __syncthreads();
-  along_columns(even, odd, count, plane.source_h, plane.height, plane, tables.columns_there);
+  along_columns<T, tile>(even, odd, block.count, plane.source_h, plane.height, plane,
+                         tables.columns_there);
   __syncthreads();
-  for (int i = threadIdx.x; i < frequencies * int(a_block); i += blockDim.x) {
-    const int f = i / int(a_block), image = i - f * int(a_block), u = f / plane.half;
-    const int at = (image * plane.height + u) * plane.pitch() + f - u * plane.half;
-    if (image < count) result[f * images + image] = odd[at];
-  }
+  if (block.image >= block.count) return;
+  const Complex<T>* from = odd + block.image * plane.height * plane.pitch();
+  Complex<T>* result = (Complex<T>*)result_ + block.start + block.image;
+  const Divider by_half(plane.half());
+  const int beyond = plane.pitch() - plane.half();
+#pragma unroll 4
+  for (int f = block.first; f < plane.frequencies(); f += block.step)
+    result[f * images] = from[f + by_half(f) * beyond];
 }
 
 // The images of spectra, frequencies first, and the sum.
-template <typename T>
-__global__ void __launch_bounds__(512)
+template <typename T, int tile>
+__global__ void __launch_bounds__(384, 2)
     images_of(const T* __restrict__ spectra_, const T* __restrict__ plus,
               const T* __restrict__ tables_, T* __restrict__ result, long long images,
               long long a_block, PLANE_PARAMETERS, long long first) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Plane plane = PLANE;
   const Tables<T> tables(tables_, plane);
-  const long long start = blockIdx.x * a_block;
-  const int count = int(images - start < a_block ? images - start : a_block);
-  const int frequencies = plane.height * plane.half, lines = count * plane.result_h;
+  const Images block(a_block, images);
   Complex<T>* even = (Complex<T>*)memory;
   Complex<T>* odd = even + first;
-  const Complex<T>* spectra = (const Complex<T>*)spectra_ + start;
 
-#pragma unroll 4
-  for (int i = threadIdx.x; i < frequencies * int(a_block); i += blockDim.x) {
-    const int f = i / int(a_block), image = i - f * int(a_block), u = f / plane.half;
-    const int at = (image * plane.height + u) * plane.pitch() + f - u * plane.half;
-    if (image < count) even[at] = spectra[f * images + image];
+  if (block.image < block.count) {
+    const Complex<T>* spectra = (const Complex<T>*)spectra_ + block.start + block.image;
+    Complex<T>* to = even + block.image * plane.height * plane.pitch();
+    const Divider by_half(plane.half());
+    const int beyond = plane.pitch() - plane.half();
+#pragma unroll 8
+    for (int f = block.first; f < plane.frequencies(); f += block.step)
+      to[f + by_half(f) * beyond] = spectra[f * images];
   }
   __syncthreads();
-  along_columns(even, odd, count, plane.height, plane.result_h, plane, tables.columns_back);
+  along_columns<T, tile>(even, odd, block.count, plane.height, plane.result_h, plane,
+                         tables.columns_back);
   __syncthreads();
-  const long long back = start * plane.result_h * plane.result_w;
-  rows_back(odd, plus ? plus + back : nullptr, result + back, lines, plane, tables.rows_back);
+  const long long back = block.start * plane.result_h * plane.result_w;
+  rows_back<T, tile>(odd, plus ? plus + back : nullptr, result + back,
+                     block.count * plane.result_h, plane, tables.rows_back);
 }
 
 // A matrix of complex numbers, transposed in tiles of 32 by 32.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from frfx.kernels.launch import Launcher
-from frfx.kernels.plane import CircularMap, Plane, threads_for
+from frfx.kernels.plane import CircularMap, Plane, threads_for, tile_for
 from frfx.recording import is_recorded
 
 TYPES = {torch.float32: "float", torch.float64: "double"}
@@ -162,8 +163,9 @@ class Kernels:
         n = source.shape[0]
         size = plane.result[5 - source.ndim :]  # of one dimension, without the height of one
         result = source.new_empty(n, groups, rows, *size)
+        tile = tile_for(circular.work, n * groups, source.dtype)
         self._run(
-            "circular_map<{}>", source, n * groups, circular.threads,
+            f"circular_map<{{}}, {tile}>", source, n * groups, threads_for(circular.work(tile)),
             source, minus, plus, circular.matrices, plane.tables, result,
             groups, rows, columns, *plane.sizes, circular.buffers[0], shared=circular.shared,
         )  # fmt: skip
@@ -184,7 +186,7 @@ class Kernels:
         frequencies, images = plane.size[0] * plane.half, len(source)
         result = source.new_empty(frequencies, images, dtype=source.dtype.to_complex())
         tensors = (source, minus, plane.tables, result)
-        self._transform("spectra<{}>", source, plane, images, a_block, tensors, back=False)
+        self._transform("spectra", source, plane, images, a_block, tensors, back=False)
         return result
 
     def images_of(self, plane: Plane, a_block: int, spectra: Tensor, plus: Tensor | None) -> Tensor:
@@ -192,7 +194,7 @@ class Kernels:
         images = spectra.shape[1]
         result = spectra.new_empty(images, *plane.result, dtype=spectra.dtype.to_real())
         tensors = (spectra, plus, plane.tables, result)
-        self._transform("images_of<{}>", result, plane, images, a_block, tensors, back=True)
+        self._transform("images_of", result, plane, images, a_block, tensors, back=True)
         return result
 
     def _transform(
@@ -200,10 +202,11 @@ class Kernels:
         tensors: tuple[Tensor | None, ...], *, back: bool,
     ) -> None:  # fmt: skip
         even, odd = (plane.back if back else plane.there)(a_block)
-        work = (plane.work_back if back else plane.work_there)(a_block)
-        even += even % 2
+        even, blocks = even + even % 2, -(-images // a_block)
+        work = functools.partial(plane.work_back if back else plane.work_there, a_block)
+        tile = tile_for(work, blocks, like.dtype)
         self._run(
-            name, like, -(-images // a_block), threads_for(work),
+            f"{name}<{{}}, {tile}>", like, blocks, threads_for(work(tile)),
             *tensors, images, a_block, *plane.sizes, even,
             shared=(even + odd) * plane.tables.element_size(),
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,20 @@ _A_BLOCK = (4, 8, 16)
 _BLOCKS = 256
 """So many blocks fill a device."""
 
+_MOST_THREADS = 384
+"""Threads that a block may have, as in fourier.cu: two blocks then have registers enough."""
+
+_TILES = 1 << 15
+"""So many tiles fill a device, ..."""
+
+_TILES_A_BLOCK = 48
+"""... and so many a block."""
+
 _LATENCY = 128
 """How many threads more a turn of a block might have had in the time that it waits for memory."""
+
+
+Work = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -45,10 +58,10 @@ class Plane:
         frequency = torch.arange(half)
         twice = torch.where((frequency == 0) | (2 * frequency == width), 1.0, 2.0)
         tables = (
-            _columns(source[0], height, height, -1),
-            _columns(height, result[0], height, 1),
-            F.pad(_powers(source[1], half, width, -1), (0, -half % 4)),
-            _powers(half, result[1], width, 1) * twice[:, None],
+            _powers(source[0], _fours(_paired(height, height)), height, -1),
+            _powers(height, _fours(_paired(result[0], height)), height, 1),
+            _powers(source[1], _fours(_there(width)), width, -1),
+            _powers(half, _paired(result[1], width), width, 1) * twice[:, None],
         )
         return cls(size, source, result, torch.cat([t.flatten() for t in tables]).to(like))
 
@@ -82,20 +95,22 @@ class Plane:
         """Return the same for the steps back."""
         return images * self.size[0] * self.pitch, images * self.result[0] * self.pitch
 
-    def work_there(self, images: int) -> tuple[tuple[int, int], ...]:
-        """Return how many tiles the threads have to make, and of how many terms each."""
-        wide = _quads(_near(self.size[0], self.size[0]))
+    def work_there(self, images: int, tile: int) -> Work:
+        """Return how many tiles a block's threads make there, and of how many products each."""
+        lines, of_rows = images * self.source[0], (tile + 1) // 2
+        columns = _parts(_paired(self.size[0], self.size[0]), tile)
         return (
-            (_quads(images * self.source[0]) * _quads(self.half), self.source[1]),
-            (images * wide * self.pitch // 2, self.source[0]),
+            (_quads(lines) * _parts(_there(self.size[1]), of_rows), 8 * of_rows * self.source[1]),
+            (images * columns * self.pitch // 2, 8 * tile * self.source[0]),
         )
 
-    def work_back(self, images: int) -> tuple[tuple[int, int], ...]:
+    def work_back(self, images: int, tile: int) -> Work:
         """Return the same for the steps back."""
-        wide = _quads(_near(self.result[0], self.size[0]))
+        columns = _parts(_paired(self.result[0], self.size[0]), tile)
+        rows = _parts(_paired(self.result[1], self.size[1]), tile)
         return (
-            (images * wide * self.pitch // 2, self.size[0]),
-            (_quads(images * self.result[0]) * _quads(self.result[1]), self.half),
+            (images * columns * self.pitch // 2, 8 * tile * self.size[0]),
+            (_quads(images * self.result[0]) * rows, 8 * tile * self.half),
         )
 
     def images(self, memory: int, images: int) -> int:
@@ -108,18 +123,26 @@ class Plane:
         return max((n for n in fitting if images >= n * _BLOCKS), default=fitting[0])
 
 
+def _parts(n: int, each: int) -> int:
+    return -(-n // each)
+
+
 def _quads(n: int) -> int:
-    return -(-n // 4)
+    return _parts(n, 4)
 
 
-def _near(results: int, height: int) -> int:
-    """Return how many results of a column are made from sums, as fourier.cu has it."""
-    return min(results, height // 2) if height % 2 == 0 else results
+def _fours(n: int) -> int:
+    return 4 * _quads(n)
 
 
-def _columns(terms: int, results: int, height: int, sign: int) -> Tensor:
-    """Return a table of transforms along columns."""
-    return _powers(terms, 4 * _quads(_near(results, height)), height, sign)
+def _paired(results: int, size: int) -> int:
+    """Return how many results are made, where the others are their pairs, as fourier.cu has it."""
+    return min(results, size // 2) if size % 2 == 0 else results
+
+
+def _there(width: int) -> int:
+    """Return the same for the half spectrum of a line."""
+    return width // 4 + 1 if width % 2 == 0 else width // 2 + 1
 
 
 def _powers(rows: int, columns: int, n: int, sign: int) -> Tensor:
@@ -160,12 +183,12 @@ class CircularMap:
         """The shared memory that a block needs, in bytes."""
         return sum(self.buffers) * self.matrices.element_size()
 
-    @functools.cached_property
-    def threads(self) -> int:
-        """How many threads a block should have."""
+    def work(self, tile: int) -> Work:
+        """Return how many tiles a block's threads make, and of how many products each."""
         _, rows, columns, height, pitch = self.matrices.shape
-        product = (_quads(rows) * height * pitch, columns)
-        return threads_for((*self.plane.work_there(columns), product, *self.plane.work_back(rows)))
+        product = (_quads(rows) * height * pitch, 16 * columns)
+        plane = self.plane
+        return (*plane.work_there(columns, tile), product, *plane.work_back(rows, tile))
 
     @property
     def nbytes(self) -> int:
@@ -174,10 +197,19 @@ class CircularMap:
 
 
 @functools.lru_cache(1 << 10)
-def threads_for(work: tuple[tuple[int, int], ...]) -> int:
+def threads_for(work: Work) -> int:
     """Return how many threads a block should have: few are idle in any step, or wait alone."""
 
     def cost(threads: int) -> int:
-        return sum(-(-count // threads) * terms for count, terms in work) * (threads + _LATENCY)
+        return sum(_parts(count, threads) * each for count, each in work) * (threads + _LATENCY)
 
-    return min(range(64, 513, 32), key=cost)
+    return min(range(64, _MOST_THREADS + 1, 32), key=cost)
+
+
+def tile_for(work: Callable[[int], Work], blocks: int, dtype: torch.dtype) -> int:
+    """Return how wide tiles should be: as wide as leaves a device full of threads."""
+    for tile in (4, 2) if dtype == torch.float32 else (2,):
+        fewest = min(count for count, _ in work(tile))
+        if fewest >= _TILES_A_BLOCK and blocks * fewest >= _TILES:
+            return tile
+    return 1

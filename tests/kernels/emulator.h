@@ -15,7 +15,7 @@
 #define __device__
 #define __shared__
 #define __align__(n)
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 using std::abs;
 using std::log;
 using std::log1p;

@@ -21,9 +21,8 @@ FUNCTORS = (
 
 TEMPLATES = (
     "nearest_embedding<{type}>",
-    "circular_map<{type}>",
-    "spectra<{type}>",
-    "images_of<{type}>",
+    *(f"{name}<{{type}}, {tile}>" for name in ("circular_map", "spectra", "images_of")
+      for tile in (1, 2, 4)),
     "residual_on_grid<{type}>",
     "transpose<{type}>",
     "dots<{type}>",

@@ -29,6 +29,7 @@ from tests.rules.test_max_pool import pools
 
 from frfx.kernels import CircularMap, CupyLauncher, Kernels, Plane  # isort: skip
 from frfx.kernels import kernels as kernels_module  # isort: skip
+from frfx.kernels.plane import threads_for, tile_for  # isort: skip
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs g++ to run CUDA kernels on a CPU")
 few = settings(max_examples=12, suppress_health_check=list(HealthCheck))
@@ -112,8 +113,8 @@ WAYS = {
 @pytest.mark.parametrize("memory", [math.inf, 0], ids=["kept", "streamed"])
 @pytest.mark.parametrize("way", WAYS)
 @few
-@given(problem=planes(), seed=seeds)
-def test_maps(way, memory, dtype, problem, seed):
+@given(problem=planes(), tile=st.sampled_from([1, 2, 4]), seed=seeds)
+def test_maps(way, memory, dtype, problem, tile, seed):
     patches, launches = WAYS[way]
     grouped = problem[2].shape[1] > 1
     pointwise = problem[2].shape[2] == problem[2].shape[3] == 1
@@ -121,6 +122,7 @@ def test_maps(way, memory, dtype, problem, seed):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in patches.items():  # whatever is the fastest
             patch.setattr(kernel_map, name, value)
+        patch.setattr(kernels_module, "tile_for", lambda *_: tile)
         patch.setattr(fourier, "_TEMPORARY", 1)  # a sample at a time, on GPUs
         options = {"form": "fft", "dtype": dtype, "memory": memory}
         made = make(problem, backend=TorchBackend(Kernels(launcher)), **options)
@@ -156,6 +158,17 @@ def test_a_map_tells_what_a_block_needs():
     assert plane.images(least, 10**6) == 8
     assert plane.images(least, 1000) == 4
     assert plane.images(0, 10**6) == 0
+
+
+def test_tiles_are_as_wide_as_leaves_a_device_full():
+    def work(tile):
+        return ((400 // tile, 10), (200 // tile, 10))
+
+    assert [tile_for(work, blocks, torch.float32) for blocks in (10, 400, 4000)] == [1, 2, 4]
+    assert tile_for(work, 4000, torch.float64) == 2
+    assert tile_for(lambda tile: ((100 // tile, 10),), 10**6, torch.float32) == 2  # of every block
+    for threads in (64, 384):
+        assert threads_for(((threads, 10), (threads, 20))) == threads
 
 
 @DTYPES
