@@ -4,8 +4,18 @@ Which steps have one, and what it saves, is recorded in docs/solvers.md. The ker
 and launched by CuPy; everything that they compute, torch computes, too, where they do not serve.
 """
 
+from frfx.kernels.arrangement import Device, Sizes
 from frfx.kernels.kernels import Kernels, Windows
 from frfx.kernels.launch import CupyLauncher, Launcher
 from frfx.kernels.plane import CircularMap, Plane
 
-__all__ = ["CircularMap", "CupyLauncher", "Kernels", "Launcher", "Plane", "Windows"]
+__all__ = [
+    "CircularMap",
+    "CupyLauncher",
+    "Device",
+    "Kernels",
+    "Launcher",
+    "Plane",
+    "Sizes",
+    "Windows",
+]

@@ -98,12 +98,13 @@ struct Dip {
 };
 
 template <typename T, typename F>
-__global__ void preimage(const T* target, const T* output, const T* x, T* result, long long count,
+__global__ void preimage(const T* __restrict__ target, const T* __restrict__ output,
+                         const T* __restrict__ x, T* __restrict__ result, long long count,
                          double low, double high) {
   const Limits<T> limit = {T(low), T(high)};
   const long long all = (long long)gridDim.x * blockDim.x;
   for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += all) {
-    const T wanted = limit(target[i]);
-    result[i] = wanted == limit(output[i]) ? x[i] : F::nearest(wanted, x[i]);
+    const T wanted = limit(target[i]), given = limit(output[i]), mine = x[i];
+    result[i] = wanted == given ? mine : F::nearest(wanted, mine);
   }
 }

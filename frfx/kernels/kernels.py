@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from frfx.kernels.arrangement import Arrangement, arrange, arrange_map
 from frfx.kernels.launch import Launcher
-from frfx.kernels.plane import CircularMap, Plane, threads_for, tile_for
+from frfx.kernels.plane import CircularMap, Plane
 from frfx.recording import is_recorded
 
 TYPES = {torch.float32: "float", torch.float64: "double"}
@@ -71,9 +71,19 @@ class Kernels:
             and self._launch.works()
         )
 
-    def shared_memory(self, device: torch.device) -> int:
-        """Return how many bytes of shared memory a block may have on a device."""
-        return self._launch.shared_memory(device)
+    def fit(self, plane: Plane, like: Tensor) -> bool:
+        """Tell whether blocks have memory enough for transforms on a grid."""
+        return None not in (self._arrange(plane, 1, like, back) for back in (False, True))
+
+    def _arrange(self, plane: Plane, images: int, like: Tensor, back: bool) -> Arrangement | None:
+        device = self._launch.about(like.device)
+        return arrange(plane.sizes, images, like.element_size(), device, back=back)
+
+    def arrange_map(self, circular: CircularMap, n: int, like: Tensor) -> Arrangement | None:
+        """Return how a map of n samples is dealt out; None if one does not fit a block."""
+        groups, rows, columns, *_ = circular.matrices.shape
+        device, sizes = self._launch.about(like.device), circular.plane.sizes
+        return arrange_map(sizes, rows, columns, n * groups, like.element_size(), device)
 
     def _run(
         self, name: str, like: Tensor, blocks: int, threads: int,
@@ -158,57 +168,51 @@ class Kernels:
             minus: What is taken off it.
             plus: Shape (N, G, c', ...).
         """
-        plane = circular.plane
+        plane, sizes = circular.plane, circular.plane.sizes
         groups, rows, columns, *_ = circular.matrices.shape
         n = source.shape[0]
-        size = plane.result[5 - source.ndim :]  # of one dimension, without the height of one
+        size = (sizes.result_h, sizes.result_w)[5 - source.ndim :]  # of one dimension, no height
         result = source.new_empty(n, groups, rows, *size)
-        tile = tile_for(circular.work, n * groups, source.dtype)
+        way = self.arrange_map(circular, n, source)
+        assert way is not None
         self._run(
-            f"circular_map<{{}}, {tile}>", source, n * groups, threads_for(circular.work(tile)),
+            f"circular_map<{{}}, {way.tile}>", source, n * groups, way.threads,
             source, minus, plus, circular.matrices, plane.tables, result,
-            groups, rows, columns, *plane.sizes, circular.buffers[0], shared=circular.shared,
+            groups, rows, columns, *sizes, way.even, shared=way.bytes_of(source),
         )  # fmt: skip
         return result
 
-    def spectra(self, plane: Plane, a_block: int, source: Tensor, minus: Tensor | None) -> Tensor:
+    def spectra(self, plane: Plane, source: Tensor, minus: Tensor | None) -> Tensor:
         """Return the half spectra of `source - minus`, frequencies first.
 
         Args:
             plane: The grid.
-            a_block: How many images a block of threads takes.
             source: Shape (images, h, w), the plane's source; as `minus`.
             minus: What is taken off it, if it is there.
 
         Returns:
             Shape (F, images), complex.
         """
-        frequencies, images = plane.size[0] * plane.half, len(source)
+        frequencies, images = plane.sizes.height * plane.sizes.half, len(source)
         result = source.new_empty(frequencies, images, dtype=source.dtype.to_complex())
-        tensors = (source, minus, plane.tables, result)
-        self._transform("spectra", source, plane, images, a_block, tensors, back=False)
+        self._transform("spectra", source, plane, images, source, minus, plane.tables, result)
         return result
 
-    def images_of(self, plane: Plane, a_block: int, spectra: Tensor, plus: Tensor | None) -> Tensor:
+    def images_of(self, plane: Plane, spectra: Tensor, plus: Tensor | None) -> Tensor:
         """Return the images of half spectra (F, images), plus `plus` (images, h, w) if there is."""
-        images = spectra.shape[1]
-        result = spectra.new_empty(images, *plane.result, dtype=spectra.dtype.to_real())
-        tensors = (spectra, plus, plane.tables, result)
-        self._transform("images_of", result, plane, images, a_block, tensors, back=True)
+        images, size = spectra.shape[1], (plane.sizes.result_h, plane.sizes.result_w)
+        result = spectra.new_empty(images, *size, dtype=spectra.dtype.to_real())
+        self._transform("images_of", result, plane, images, spectra, plus, plane.tables, result)
         return result
 
     def _transform(
-        self, name: str, like: Tensor, plane: Plane, images: int, a_block: int,
-        tensors: tuple[Tensor | None, ...], *, back: bool,
-    ) -> None:  # fmt: skip
-        even, odd = (plane.back if back else plane.there)(a_block)
-        even, blocks = even + even % 2, -(-images // a_block)
-        work = functools.partial(plane.work_back if back else plane.work_there, a_block)
-        tile = tile_for(work, blocks, like.dtype)
+        self, name: str, like: Tensor, plane: Plane, images: int, *tensors: Tensor | None
+    ) -> None:
+        way = self._arrange(plane, images, like, name == "images_of")
+        assert way is not None
         self._run(
-            f"{name}<{{}}, {tile}>", like, blocks, threads_for(work(tile)),
-            *tensors, images, a_block, *plane.sizes, even,
-            shared=(even + odd) * plane.tables.element_size(),
+            f"{name}<{{}}, {way.tile}>", like, -(-images // way.images), way.threads,
+            *tensors, images, way.images, *plane.sizes, way.even, shared=way.bytes_of(like),
         )  # fmt: skip
 
     def transpose(self, matrix: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.resources
 import warnings
 from typing import Any, Protocol
 
 import torch
+
+from frfx.kernels.arrangement import Device
 
 SOURCES = ("label", "activation", "max_pool", "fourier", "conjugate_gradients")
 """The files of this folder, `.cu`."""
@@ -28,8 +31,8 @@ class Launcher(Protocol):
     def works(self) -> bool:
         """Tell whether it can compile and launch at all."""
 
-    def shared_memory(self, device: torch.device) -> int:
-        """Return how many bytes of shared memory a block may have on a device."""
+    def about(self, device: torch.device) -> Device:
+        """Return what a device has."""
 
     def __call__(
         self,
@@ -68,6 +71,7 @@ class CupyLauncher:
         self._kernels: dict[tuple[str, int], Any] = {}
         self._streams: dict[tuple[int, int], Any] = {}
         self._large: set[tuple[str, int]] = set()
+        self._about: dict[torch.device, Device] = {}
         self._works: bool | None = None
 
     def works(self) -> bool:
@@ -86,9 +90,20 @@ class CupyLauncher:
                 self._works = True
         return self._works
 
-    def shared_memory(self, device: torch.device) -> int:
-        """Return how many bytes of shared memory a block may have on a device."""
-        return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    def about(self, device: torch.device) -> Device:
+        """Return what a device has."""
+        if device not in self._about:
+            self._about[device] = self._ask(device)
+        return self._about[device]
+
+    @staticmethod
+    def _ask(device: torch.device) -> Device:
+        has = torch.cuda.get_device_properties(device)
+        return Device(
+            has.multi_processor_count,
+            has.shared_memory_per_block_optin,
+            has.shared_memory_per_multiprocessor,
+        )
 
     def __call__(
         self,
@@ -100,16 +115,17 @@ class CupyLauncher:
         shared: int = 0,
     ) -> None:
         """Launch the instance of a template."""
-        index = torch.cuda.current_device() if device.index is None else device.index
+        current = torch.cuda.current_device()
+        index = current if device.index is None else device.index
         pointer = torch.cuda.current_stream(device).cuda_stream
         if (pointer, index) not in self._streams:
             self._streams[pointer, index] = self._cupy.cuda.ExternalStream(pointer, index)
-        with torch.cuda.device(index):
+        with contextlib.nullcontext() if index == current else torch.cuda.device(index):
             if (name, index) not in self._kernels:
                 self._kernels[name, index] = self._compile(name)
             kernel, stream = self._kernels[name, index], self._streams[pointer, index]
             if shared > _WITHOUT_ASKING and (name, index) not in self._large:
-                kernel.max_dynamic_shared_size_bytes = self.shared_memory(device)
+                kernel.max_dynamic_shared_size_bytes = self.about(device).a_block
                 self._large.add((name, index))
             kernel((blocks,), (threads,), arguments, shared_mem=shared, stream=stream)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from frfx.kernels import CircularMap, Kernels, Plane
+from frfx.kernels import CircularMap, Kernels, Plane, Sizes
 from frfx.linalg.backend import TorchBackend
 
 if TYPE_CHECKING:
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 _PLANE_UP_TO = 36
 """Side of a grid up to which transforms as products with tables beat fast ones and the
 transpositions around them (docs/solvers.md)."""
-
-_A_BLOCK = 80 << 10
-"""Bytes of shared memory that the images of a block may take: two then share a multiprocessor."""
 
 _IN_ONE = range(1 << 8, 1 << 17)
 """How many entries the matrices have where one kernel for the whole map is faster still, ..."""
@@ -44,12 +41,13 @@ class KernelMap:
         self._map, self._kernels, self._plane = origin, kernels, plane
         self.in_one: CircularMap | None = None
         entries = math.prod(origin.grid.size) * origin.rows * origin.columns
-        memory = kernels.shared_memory(origin.device)
+        like = torch.empty(0, dtype=origin.dtype, device=origin.device)
         if plane is not None and entries in _IN_ONE and not origin.streams:
             found = CircularMap.of(plane, origin.at(origin.grid.frequencies(), real=False))
-            self.in_one = found if found.shared <= min(_IN_ONE_MEMORY, memory) else None
-        self._memory = min(_A_BLOCK, memory)
-        if plane is not None and not plane.images(self._memory, 1):
+            way = kernels.arrange_map(found, 1, like)
+            if way is not None and way.bytes_of(like) <= _IN_ONE_MEMORY:
+                self.in_one = found
+        if plane is not None and not kernels.fit(plane, like):
             self._plane = None
 
     @classmethod
@@ -60,11 +58,10 @@ class KernelMap:
             return None
         plane = None
         if max(grid.size) <= _PLANE_UP_TO:
-            size, source, result = (
-                ((1, *shape)[-2], shape[-1]) for shape in (grid.size, grid.source, grid.result)
-            )
+            shapes = (grid.size, grid.source, grid.result)
+            sizes = Sizes(*(n for shape in shapes for n in ((1, *shape)[-2], shape[-1])))
             like = torch.empty(0, dtype=origin.dtype.to_complex(), device=origin.device)
-            plane = Plane.of(size, source, result, like)
+            plane = Plane.of(sizes, like)
         made = cls(origin, kernels, plane)
         return made if made.in_one or made._frequencies_first else None
 
@@ -104,13 +101,10 @@ class KernelMap:
         if self._plane is None:
             return self._between(source, minus, plus)
         plane, n = self._plane, source.shape[0]
-        source = source.reshape(-1, *plane.source)
+        source = source.reshape(-1, plane.sizes.source_h, plane.sizes.source_w)
         minus = minus if minus is None else minus.reshape(source.shape)
-        a_block = plane.images(self._memory, len(source))
-        product = self._product(self._kernels.spectra(plane, a_block, source, minus), n)
-        a_block = plane.images(self._memory, product.shape[1])
-        back = plus if plus is None else plus.reshape(-1, *plane.result)
-        images = self._kernels.images_of(plane, a_block, product, back)
+        product = self._product(self._kernels.spectra(plane, source, minus), n)
+        images = self._kernels.images_of(plane, product, plus)
         return images.view(n, self._map.groups, self._map.rows, *self._map.grid.result)
 
     def _between(self, source: Tensor, minus: Tensor | None, plus: Tensor | None) -> Tensor:

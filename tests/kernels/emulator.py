@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from frfx.kernels import Device
 from frfx.kernels.kernels import TYPES
 from frfx.kernels.launch import source
 
@@ -74,21 +75,23 @@ class EmulatedLauncher:
     """Launches kernels of a shared library that was compiled for the CPU.
 
     Attributes:
+        device: What it emulates.
         launched: The names of the instances that it has launched.
     """
 
     device_type = "cpu"
+    device = Device(1, MEMORY, MEMORY)
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
 
     def works(self):
         """Tell whether it can launch: it can."""
         return True
 
-    def shared_memory(self, device):
-        """Return what the emulated blocks have."""
-        return MEMORY
-
-    def __init__(self) -> None:
-        self.launched: list[str] = []
+    def about(self, device):
+        """Return what the emulated device has."""
+        return self.device
 
     def __call__(self, name, device, blocks, threads, arguments, shared=0):
         """Launch the instance of a template."""

@@ -24,12 +24,11 @@ from frfx.linalg.fourier import Grid
 from frfx.rules import activation
 from frfx.rules.label import NearestEmbedding
 from tests.kernels.emulator import FUNCTORS, EmulatedLauncher, library
-from tests.linalg.test_fourier import dense_product, image_for, make, matrices_of
+from tests.linalg.test_fourier import dense_product, image_for, make
 from tests.rules.test_max_pool import pools
 
-from frfx.kernels import CircularMap, CupyLauncher, Kernels, Plane  # isort: skip
+from frfx.kernels import CupyLauncher, Device, Kernels, Sizes, arrangement  # isort: skip
 from frfx.kernels import kernels as kernels_module  # isort: skip
-from frfx.kernels.plane import threads_for, tile_for  # isort: skip
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs g++ to run CUDA kernels on a CPU")
 few = settings(max_examples=12, suppress_health_check=list(HealthCheck))
@@ -122,7 +121,9 @@ def test_maps(way, memory, dtype, problem, tile, seed):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in patches.items():  # whatever is the fastest
             patch.setattr(kernel_map, name, value)
-        patch.setattr(kernels_module, "tile_for", lambda *_: tile)
+        patch.setattr(arrangement, "_TILES", {min(tile, 16 // dtype.itemsize): 1.0})
+        arrangement.arrange.cache_clear()
+        arrangement.arrange_map.cache_clear()
         patch.setattr(fourier, "_TEMPORARY", 1)  # a sample at a time, on GPUs
         options = {"form": "fft", "dtype": dtype, "memory": memory}
         made = make(problem, backend=TorchBackend(Kernels(launcher)), **options)
@@ -141,34 +142,52 @@ def test_maps(way, memory, dtype, problem, tile, seed):
         assert {name.partition("<")[0] for name in launcher.launched} >= launches
 
 
-def test_a_map_tells_what_a_block_needs():
-    """The buffers hold every step's values: an image that is wide there and tall back."""
-    grid = Grid((6, 9), (2, 9), (6, 1))
-    matrices = matrices_of([(0, 0)], normal(0, 1, 1, 5, 2))(grid.frequencies("fft"))
-    plane = Plane.of(*vars(grid).values(), matrices)
-    made, half = CircularMap.of(plane, matrices), 9 // 2 + 1
-    even, odd = made.buffers
-    assert even >= max(2 * 2 * half, 5 * 6 * half)
-    assert odd >= max(math.ceil(2 * 2 * 9 / 2), 2 * 6 * half, 5 * 6 * half)
-    assert even % 2 == odd % 2 == 0
-    assert made.shared == 16 * (even + odd)
-    assert made.nbytes == 16 * (made.matrices.numel() + plane.tables.numel())
-    least = 16 * max(sum(plane.there(8)), sum(plane.back(8)))
-    assert plane.images(least - 1, 10**6) == 4
-    assert plane.images(least, 10**6) == 8
-    assert plane.images(least, 1000) == 4
-    assert plane.images(0, 10**6) == 0
+H200 = Device(132, 227 << 10, 228 << 10)
+BYTES = pytest.mark.parametrize("real_bytes", [4, 8])
 
 
-def test_tiles_are_as_wide_as_leaves_a_device_full():
-    def work(tile):
-        return ((400 // tile, 10), (200 // tile, 10))
+@BYTES
+@given(sizes=st.tuples(*[st.integers(1, 40)] * 6).map(lambda n: Sizes(*n)), images=st.integers(1))
+def test_what_a_block_gets(real_bytes, sizes, images):
+    """The buffers hold every step's values, and what all resident blocks need is there."""
+    for back in (False, True):
+        way = arrangement.arrange(sizes, images, real_bytes, H200, back=back)
+        if way is None:
+            assert back or sizes.height * sizes.width > 500
+            continue
+        assert way.even % 2 == way.odd % 2 == 0
+        assert 2 * real_bytes * (way.even + way.odd) <= H200.a_block
+        assert way.threads % 32 == way.threads % way.images == 0
+        assert way.tile < 4 or real_bytes == 4
+        lines, spectra = way.images * sizes.source_h, way.images * sizes.height * sizes.pitch
+        if back:
+            assert way.even >= spectra
+            assert way.odd >= way.images * sizes.result_h * sizes.pitch
+        else:
+            assert way.even >= lines * sizes.pitch
+            assert way.odd >= max(math.ceil(lines * sizes.source_w / 2), spectra)
 
-    assert [tile_for(work, blocks, torch.float32) for blocks in (10, 400, 4000)] == [1, 2, 4]
-    assert tile_for(work, 4000, torch.float64) == 2
-    assert tile_for(lambda tile: ((100 // tile, 10),), 10**6, torch.float32) == 2  # of every block
-    for threads in (64, 384):
-        assert threads_for(((threads, 10), (threads, 20))) == threads
+
+@BYTES
+def test_what_a_block_gets_of_a_whole_map(real_bytes):
+    """An image that is wide there and tall back."""
+    sizes, half = Sizes(6, 9, 2, 9, 6, 1), 9 // 2 + 1
+    way = arrangement.arrange_map(sizes, 5, 2, 100, real_bytes, H200)
+    assert way.even >= max(2 * 2 * half, 5 * 6 * half)
+    assert way.odd >= max(math.ceil(2 * 2 * 9 / 2), 2 * 6 * half, 5 * 6 * half)
+    bytes_a_block = 2 * real_bytes * (way.even + way.odd)
+    tight = H200._replace(a_block=bytes_a_block - 1)
+    assert arrangement.arrange_map(sizes, 5, 2, 100, real_bytes, tight) is None
+
+
+def test_the_wider_the_image_the_wider_the_tile():
+    """Small images would leave threads without anything to do, or tiles half empty."""
+    tiles = [
+        arrangement.arrange(Sizes(n, n, n - 2, n - 2, n, n), 4096, 4, H200, back=False).tile
+        for n in (6, 18, 34)
+    ]
+    assert tiles == sorted(tiles)
+    assert tiles[0] < tiles[-1]
 
 
 @DTYPES
