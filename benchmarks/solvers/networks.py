@@ -28,6 +28,7 @@ class Case:
         policy: The policy's name.
         options: For its convolutions.
         small: Whether it takes little time and memory.
+        tf32: Whether a GPU convolves in TensorFloat-32, as torch does unless told otherwise.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     policy: str = "paper"
     options: dict[str, Any] = field(default_factory=dict)
     small: bool = True
+    tf32: bool = True
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -45,8 +47,10 @@ def cases(device: torch.device) -> Iterator[Case]:
         for layer in (3, 2, 1, 0):
             yield Case("paper:cifar10", 32, 256, layer, policy)
     batch = 32 if device.type == "cpu" else 128
-    for options in ({"solver": "spectral", "damping": 1e-2}, {}):
-        yield Case("torchvision:vgg11", 64, batch, "features.0", "paper", options, small=False)
+    once = {"solver": "spectral", "damping": 1e-2}
+    for options, tf32 in ((once, True), (once, False), ({}, True)):
+        if tf32 or device.type == "cuda":
+            yield Case("torchvision:vgg11", 64, batch, "features.0", "paper", options, False, tf32)
 
 
 def measure(case: Case, watch: Stopwatch, backend: str) -> dict[str, Any]:
@@ -70,7 +74,8 @@ def measure(case: Case, watch: Stopwatch, backend: str) -> dict[str, Any]:
         "forward": lambda: model(x),
         "step": step,
     }
-    with warnings.catch_warnings(), torch.no_grad():
+    cudnn = torch.backends.cudnn.flags(enabled=True, allow_tf32=case.tf32)
+    with warnings.catch_warnings(), torch.no_grad(), cudnn:
         warnings.simplefilter("ignore")
         first = watch.once(lambda: inverse(x, y))
         found = watch(functions)
@@ -82,6 +87,7 @@ def measure(case: Case, watch: Stopwatch, backend: str) -> dict[str, Any]:
         "down to": str(case.layer),
         "policy": case.policy,
         "options": ", ".join(f"{k}={v}" for k, v in case.options.items()),
+        "tf32": case.tf32 and watch.device.type == "cuda",
         "backend": backend,
         "inverse_ms": found["inverse"],
         "to_step": found["inverse"] / found["step"],
