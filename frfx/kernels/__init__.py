@@ -1,4 +1,4 @@
-"""CUDA kernels for what torch does in many: labels, activations, pooling, small images.
+"""CUDA kernels for what torch does in many: labels, activations, pooling, images, iterations.
 
 Which steps have one, and what it saves, is recorded in docs/solvers.md. The kernels are compiled
 and launched by CuPy; everything that they compute, torch computes, too, where they do not serve.

@@ -233,9 +233,9 @@ def _time(way: Arrangement, option: _Option, memory: int, device: Device) -> flo
     resident = min(
         _ALL_REGISTERS // (threads * _REGISTERS),
         _ALL_THREADS // threads,
-        device.shared // (memory + _RESERVED),
+        max(1, device.shared // (memory + _RESERVED)),
     )
-    waves, left = divmod(option.blocks, max(resident, 1) * device.multiprocessors)
+    waves, left = divmod(option.blocks, resident * device.multiprocessors)
     busy = waves * (resident * threads + _LATENCY)
     if left:
         busy += parts(left, device.multiprocessors) * threads + _LATENCY

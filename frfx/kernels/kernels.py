@@ -273,7 +273,7 @@ class Kernels:
         """Write what of x is the best yet to `found`, and how it went."""
         self._shared(
             "keep<{}>", x, squares, x, found, heights, curvatures, squares, norm, best, best_now,
-            running, running_now, steps, step, limits=(tolerance, torch.finfo(x.dtype).tiny),
+            running, running_now, steps, step, limits=(float(tolerance), torch.finfo(x.dtype).tiny),
         )  # fmt: skip
 
     def _shared(

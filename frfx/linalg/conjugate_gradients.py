@@ -57,7 +57,7 @@ def conjugate_gradients(
         precondition: An approximate inverse, symmetric positive definite.
         tolerance: Bound on the norm of a sample's residual relative to its right-hand side.
         max_steps: Bound on the steps.
-        kernels: What computes the rest of a step, where it serves.
+        kernels: What computes the rest of a step, where it serves; autograd does not see it.
 
     Returns:
         The solutions, and how it went.

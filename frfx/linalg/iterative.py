@@ -26,7 +26,7 @@ from frfx.linalg.pseudo_inverse import (
     solve_dtype,
 )
 from frfx.linalg.spectral import FACTOR_MEMORY, SpectralFactor
-from frfx.recording import is_capturing
+from frfx.recording import is_capturing, is_recorded
 
 TOLERANCE = 1e-2
 """Default bound on the relative residual of the normal equations."""
@@ -103,13 +103,14 @@ class IterativeFactor(Factor):
 
     def _iterate(self, gram: Map, right: Tensor) -> Tensor:
         """Solve with a Gram matrix of the operator, shifted."""
+        recorded = is_recorded(_entries(self.operator))
         solution, self.convergence = conjugate_gradients(
             lambda p: torch.add(gram(p), p, alpha=self.shift),
             right,
             self._precondition,
             tolerance=self.tolerance,
             max_steps=self.max_steps,
-            kernels=self._backend.kernels,
+            kernels=None if recorded else self._backend.kernels,
         )
         return solution
 

@@ -180,6 +180,12 @@ def test_what_a_block_gets_of_a_whole_map(real_bytes):
     assert arrangement.arrange_map(sizes, 5, 2, 100, real_bytes, tight) is None
 
 
+def test_a_block_that_fills_a_multiprocessor_is_not_free():
+    tight = Device(40, 64 << 10, 64 << 10)  # as little as a block may have
+    way = arrangement.arrange(Sizes(31, 29, 1, 20, 11, 15), 4096, 4, tight, back=False)
+    assert 8 * (way.even + way.odd) <= 32 << 10  # two, at least, take turns
+
+
 def test_the_wider_the_image_the_wider_the_tile():
     """Small images would leave threads without anything to do, or tiles half empty."""
     tiles = [
@@ -221,8 +227,8 @@ def systems(draw):
 
 @DTYPES
 @few
-@given(system=systems(), share=st.sampled_from([60, 400]))
-def test_conjugate_gradients(dtype, system, share):
+@given(system=systems(), share=st.sampled_from([60, 400]), most=st.sampled_from([2, 32]))
+def test_conjugate_gradients(dtype, system, share, most):
     """They solve to the tolerance, and every step is that of torch."""
     matrix, right = (t.to(dtype) for t in system)
     launcher = EmulatedLauncher()
@@ -235,6 +241,7 @@ def test_conjugate_gradients(dtype, system, share):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels_module, "_A_SHARE", share)  # some blocks a sample, or one
+        patch.setattr(kernels_module, "_MOST_SHARES", most)
         patch.setattr(kernels_module, "_THREADS", 32)
         for steps, tolerance in ((2, 1e-4), (12, 1e-2)):
             options = {"tolerance": tolerance, "max_steps": steps}
@@ -263,8 +270,35 @@ def test_what_breaks_down_stays_where_it_stood(kernels):
     assert convergence.steps.tolist()[:2] == [2, 0]
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.float32], ids=["tensor", "numpy"])
+def test_a_tolerance_of_any_type(kind, kernels):
+    diagonal, right = torch.arange(1.0, 7), normal(0, 2, 6).float()
+    options = {"tolerance": kind(0.1), "max_steps": 6}
+    steps = [
+        conjugate_gradients(lambda p: diagonal * p, right, lambda r: r, kernels=k, **options)[1]
+        for k in (kernels, None)
+    ]
+    assert torch.equal(steps[0].steps, steps[1].steps)
+    assert steps[0].steps.max() < 6
+
+
+def test_kernels_leave_a_recorded_operator_to_torch(backend, launcher):
+    kernel, residual = 0.1 * normal(0, 3, 3, 3, 3), normal(1, 2, 3, 6, 6)
+    kernel[..., 1, 1] += 2 * torch.eye(3)
+    gradients = []
+    for solver, by in (("dense", torch_backend), ("iterative", backend)):
+        leaf = kernel.clone().requires_grad_()
+        operator = Convolution(leaf, (6, 6), padding=((1, 1), (1, 1)))
+        factor = Solver(solver, tolerance=1e-9).prepare(operator, by)
+        factor.solve(residual).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert relative(gradients[1], gradients[0]) < 1e-5
+    assert not {n.partition("<")[0] for n in launcher.launched} & {"turn", "advance", "keep"}
+
+
 def test_a_refined_layer(backend, launcher):
-    kernel = 0.1 * normal(0, 4, 4, 3, 3) + torch.eye(4)[..., None, None]
+    kernel = 0.1 * normal(0, 4, 4, 3, 3)
+    kernel[..., 1, 1] += 2 * torch.eye(4)
     operator = Convolution(kernel.float(), (12, 12), padding=((1, 1), (1, 1)))
     residual = normal(1, 2, *operator.out_shape).float()
     solver = Solver("iterative", tolerance=1e-4)
