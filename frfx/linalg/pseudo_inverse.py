@@ -329,7 +329,7 @@ def _weights(
 ) -> tuple[Tensor, Spectrum]:
     """Return `1 / (s_i^2 + damping s^2)`, zero where s_i is cut off."""
     singular = squared.sqrt()
-    largest = float(singular.detach().amax())
+    largest = float(singular.amax())
     scale = largest if scale is None else scale
     kept = singular > rcond * scale
     weights = torch.where(kept, 1 / (squared + damping * scale**2), 0)

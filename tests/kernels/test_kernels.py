@@ -282,6 +282,7 @@ def test_a_tolerance_of_any_type(kind, kernels):
     assert steps[0].steps.max() < 6
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 def test_kernels_leave_a_recorded_operator_to_torch(backend, launcher):
     kernel, residual = 0.1 * normal(0, 3, 3, 3, 3), normal(1, 2, 3, 6, 6)
     kernel[..., 1, 1] += 2 * torch.eye(3)
