@@ -93,17 +93,13 @@ class CupyLauncher:
     def about(self, device: torch.device) -> Device:
         """Return what a device has."""
         if device not in self._about:
-            self._about[device] = self._ask(device)
+            has = torch.cuda.get_device_properties(device)
+            self._about[device] = Device(
+                has.multi_processor_count,
+                has.shared_memory_per_block_optin,
+                has.shared_memory_per_multiprocessor,
+            )
         return self._about[device]
-
-    @staticmethod
-    def _ask(device: torch.device) -> Device:
-        has = torch.cuda.get_device_properties(device)
-        return Device(
-            has.multi_processor_count,
-            has.shared_memory_per_block_optin,
-            has.shared_memory_per_multiprocessor,
-        )
 
     def __call__(
         self,
