@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 import frfx
 from frfx.compiler.pooling import Pooling
+from frfx.compiler.rows import Rows
 from frfx.rules.axis import Axis
 
 
@@ -120,7 +123,7 @@ def test_functions_and_methods_are_called_as_they_were():
     assert sum("pooled" in str(node.target) for node in inverse.graph.nodes) == 4
 
 
-@pytest.mark.parametrize("where", ["1", "2"])
+@pytest.mark.parametrize("where", ["0", "1", "2"])
 def test_hooks_run_in_their_place(where):
     """Those that look and those that change a value, whenever they are registered."""
     model, x, y = initialised(small())
@@ -137,18 +140,20 @@ def test_hooks_run_in_their_place(where):
     assert set(shapes) == {model[: int(where) + 1](x).shape}
 
 
-def test_gradients_are_those_of_the_models_own_calls(monkeypatch):
+def test_gradients_are_those_of_the_models_own_calls():
+    """With respect to the input and to the weights."""
     model, x, y = initialised(small())
     x = torch.round(2 * x) / 2  # ties, between which torch's own pooling chooses
     inverse = frfx.invert(model, "3", policy="minimal")
     gradients = []
-    for _ in range(2):
-        x.requires_grad_()
-        inverse(x, y).square().sum().backward()
-        gradients.append(x.grad.clone())
-        x.grad = None
-        plain(inverse, monkeypatch)
+    for wanted in ([x, *model[0].parameters()], list(model[0].parameters())):
+        for commutes in (Pooling._commutes, lambda self, x: False):
+            with patch.object(Pooling, "_commutes", commutes):
+                x.requires_grad_(wanted[0] is x)
+                loss = inverse(x, y).square().sum()
+                gradients.append(torch.autograd.grad(loss, wanted))
     torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[2], gradients[3])
 
 
 def test_other_layouts_stay_with_torch(monkeypatch):
@@ -156,8 +161,61 @@ def test_other_layouts_stay_with_torch(monkeypatch):
     inverse = frfx.invert(model, "3")
     seen = []
     monkeypatch.setattr(Axis, "tap", lambda *args: seen.append(args))
-    inverse.pooled._2(torch.randn(2, 5, 8, 8).to(memory_format=torch.channels_last))
+    inverse.pooled._2(torch.randn(2, 3, 11, 11).to(memory_format=torch.channels_last))
     assert not seen
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.booleans(),
+    st.sampled_from([(2, 2), (2, 3), (3, 1), (4, 2)]), st.integers(9, 14), st.integers(0, 99),
+)  # fmt: skip
+def test_rows_of_a_convolution_are_channels(kernel, down, across, padding, bias, window, height, s):
+    torch.manual_seed(s)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, (kernel, 2), (down, across), (padding, 1), bias=bias), nn.Tanh(),
+        nn.MaxPool2d(window, (window[0], 1)), nn.Conv2d(3, 4, 1), nn.Flatten(), nn.LazyLinear(4),
+    )  # fmt: skip
+    x = torch.randn(2, 2, height, 7)
+    assume(model[:2](x).shape[2] >= window[0] and model[:2](x).shape[3] >= window[1])
+    model(x)
+    pooling = frfx.invert(model, "3").pooled._2
+    assert isinstance(pooling, Pooling)
+    with torch.no_grad(), patch.object(Rows, "fit", lambda self, x: True):
+        torch.testing.assert_close(pooling(x), model[:3](x))
+        model[0].weight.neg_()  # it is the model's own
+        torch.testing.assert_close(pooling(x), model[:3](x))
+
+
+@pytest.mark.parametrize(
+    ("lanes", "served"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)]
+)
+def test_rows_go_together_where_a_register_holds_them(lanes, served):
+    model, x, _ = initialised(small())
+    rows = frfx.invert(model, "3").pooled._2._rows
+    with patch.object(torch.backends.cpu, "get_cpu_capability", lambda: lanes):
+        assert rows.fit(x) is served
+        assert not rows.fit(x.double())
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 3, dilation=2),
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3, padding="valid"),
+    ],
+)
+def test_other_convolutions_stay_where_they_are(convolution):
+    model = nn.Sequential(convolution, nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(4))
+    x = torch.randn(2, 4, 8, 8)
+    model(x)
+    inverse = frfx.invert(model, "1")
+    assert (inverse.pooled._1._rows is None) is (convolution.padding != "valid")
+    with torch.no_grad():
+        y = torch.tensor([1, 2])
+        torch.testing.assert_close(inverse.reconstruct(x, y)["1"].forward, model[:2](x))
 
 
 def test_nothing_of_the_model_is_registered_twice():
