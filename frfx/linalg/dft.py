@@ -27,6 +27,8 @@ class Dft:
         dtype: The real type that is computed in.
         device: Where it is computed.
         backend: The array library.
+        parts: 2 for real and imaginary part at every frequency, 3 for their sum, too: a product of
+            complex matrices is then three real ones, whose sums the matrices of the way back hold.
 
     Attributes:
         tables: The real matrices of the transforms there, then of those back, of the last
@@ -34,38 +36,46 @@ class Dft:
     """
 
     def __init__(
-        self, grid: Grid, dtype: torch.dtype, device: torch.device, backend: Backend
+        self,
+        grid: Grid,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: Backend,
+        parts: int = 2,
     ) -> None:
-        self._grid, self._xp = grid, backend.namespace
-        self.tables = tuple(map(backend.constant, _tables(grid, dtype, device)))
+        self._grid, self._xp, self._parts = grid, backend.namespace, parts
+        self.tables = tuple(map(backend.constant, _tables(grid, dtype, device, parts)))
 
     def there(self, x: Any, scratch: Scratch | None = None) -> Any:
-        """Transform (N, G, c, *source) to (G, F, 2 c, N)."""
+        """Transform (N, G, c, *source) to (G, F, parts * c, N)."""
         xp, grid, (n, groups, channels) = self._xp, self._grid, x.shape[:3]
         product, copy = _steps(scratch)
         *leading, last = grid.source
         table, *others = self.tables[: len(grid.size)]
         x = xp.permute_dims(xp.reshape(x, (n, -1, last)), (1, 2, 0))
-        x = xp.reshape(product(table, x), (groups, channels, -1, table.shape[0] // 2, 2, n))
-        x = copy(xp.permute_dims(x, (0, 3, 4, 2, 1, 5)))  # (G, F, 2, *leading, c, N)
-        done = groups * table.shape[0] // 2
-        for table, source in zip(others, leading, strict=True):
+        parts = 2 if others else self._parts  # the last step gives what the product takes
+        x = xp.reshape(product(table, x), (groups, channels, -1, grid.half[-1], parts, n))
+        x = copy(xp.permute_dims(x, (0, 3, 4, 2, 1, 5)))  # (G, F, parts, *leading, c, N)
+        done = groups * grid.half[-1]
+        for table, source, count in zip(others, leading, grid.size[:-1], strict=True):
             x = product(table, xp.reshape(x, (done, 2 * source, -1)))
-            done *= table.shape[0] // 2
-        return xp.reshape(x, (groups, done // groups, 2 * channels, n))
+            done *= count
+        return xp.reshape(x, (groups, done // groups, self._parts * channels, n))
 
     def back(self, x: Any, scratch: Scratch | None = None) -> Any:
-        """Transform (G, F, 2 c, N) to (N, G, c, *result)."""
+        """Transform (G, F, parts * c, N) to (N, G, c, *result)."""
         xp, grid, (groups, frequencies, channels, n) = self._xp, self._grid, x.shape
         product, copy = _steps(scratch)
         *leading, last = grid.result
         table, *others = self.tables[len(grid.size) :]
-        done, channels = groups * frequencies, channels // 2
+        done, parts = groups * frequencies, self._parts
+        channels //= parts
         for other, count in zip(others[::-1], grid.size[-2::-1], strict=True):
             done //= count
-            x = product(other, xp.reshape(x, (done, 2 * count, -1)))
-        x = xp.reshape(x, (groups, table.shape[0] // 2, 2, -1, channels, n))
-        x = copy(xp.permute_dims(x, (0, 4, 3, 1, 2, 5)))  # (G, c, *leading, F, 2, N)
+            x = product(other, xp.reshape(x, (done, parts * count, -1)))
+            parts = 2
+        x = xp.reshape(x, (groups, grid.half[-1], parts, -1, channels, n))
+        x = copy(xp.permute_dims(x, (0, 4, 3, 1, 2, 5)))  # (G, c, *leading, F, parts, N)
         x = xp.permute_dims(xp.reshape(x, (-1, table.shape[0], n)), (0, 2, 1))
         x = xp.permute_dims(xp.reshape(product(x, table), (-1, n, last)), (1, 0, 2))
         return xp.reshape(x, (n, groups, channels, *leading, last))
@@ -78,31 +88,39 @@ def _steps(scratch: Scratch | None) -> tuple[Any, Any]:
     return scratch.matmul, scratch.copy
 
 
-def _tables(grid: Grid, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _tables(grid: Grid, dtype: torch.dtype, device: torch.device, parts: int) -> list[Tensor]:
     """Return the real matrices of the transforms there, then of those back.
 
     The last dimension's come first.
 
     There: the first takes (source,) to (F, 2), the others (2, source) to (F, 2); the pair is real
     and imaginary part. Back: the others take (F, 2) to (2, result); the first is transposed, and
-    takes rows of (F, 2) to rows of (result,).
+    takes rows of (F, 2) to rows of (result,). The last step there gives (F, parts), which the first
+    one back takes.
     """
     there, back = [], []
+    last = len(grid.size) - 2  # -1 in one dimension, as it is counted here
     for i in (-1, *range(len(grid.size) - 1)):
         n, f, source, result = grid.size[i], grid.half[i], grid.source[i], grid.result[i]
         frequency = torch.arange(f, dtype=torch.float64)
         angle = -2 * math.pi / n * torch.outer(frequency, torch.arange(source).double())
         cosine, sine = angle.cos(), angle.sin()
-        real = torch.stack([cosine, sine], 1).reshape(2 * f, source)
-        imaginary = torch.stack([-sine, cosine], 1).reshape(2 * f, source)
-        there.append(real if i == -1 else torch.cat([real, imaginary], 1))
+        rows = torch.stack([cosine, sine], 1)
+        if i != -1:
+            rows = torch.cat([rows, torch.stack([-sine, cosine], 1)], 2)
+        if parts == 3 and i == last:
+            rows = torch.cat([rows, rows.sum(1, keepdim=True)], 1)
+        there.append(rows.flatten(0, 1))
         angle = 2 * math.pi / n * torch.outer(torch.arange(result).double(), frequency)
         cosine, sine = angle.cos() / n, angle.sin() / n
-        real = torch.stack([cosine, -sine], 2)
+        columns = torch.stack([cosine, -sine], 2)
         if i == -1:  # the other half of the spectrum is the conjugate
-            real *= torch.where((frequency == 0) | (2 * frequency == n), 1.0, 2.0)[:, None]
-            back.append(real.reshape(result, 2 * f).T)
+            columns *= torch.where((frequency == 0) | (2 * frequency == n), 1.0, 2.0)[:, None]
         else:
-            imaginary = torch.stack([sine, cosine], 2)
-            back.append(torch.cat([real, imaginary]).reshape(2 * result, 2 * f))
+            columns = torch.cat([columns, torch.stack([sine, cosine], 2)])
+        if parts == 3 and i == last:  # of A p, B q and (A + B)(p + q): real and imaginary part
+            real, imaginary = columns.unbind(2)
+            columns = torch.stack([real - imaginary, -real - imaginary, imaginary], 2)
+        columns = columns.flatten(1)
+        back.append(columns.T if i == -1 else columns)
     return [table.to(device, dtype).contiguous() for table in (*there, *back)]

@@ -22,6 +22,10 @@ _MATRIX_ON_GPU_UP_TO = 1 << 21
 """Entries up to which it is the fastest on a GPU (docs/solvers.md)."""
 
 
+_PRODUCT_RATE = 80
+"""Multiplications and additions a nanosecond in the products at the frequencies."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The periodic grid of a map and the corners of it that source and result lie in.
@@ -69,7 +73,7 @@ def choose_form(grid: Grid, groups: int, rows: int, columns: int) -> Form:
     source, result = math.prod(grid.source), math.prod(grid.result)
     whole = rows * result * columns * source
     entries = source * columns + result * rows
-    product = 8 * math.prod(grid.half) * rows * columns / 80
+    product = 8 * math.prod(grid.half) * rows * columns / _PRODUCT_RATE
     by_fft = entries * sum(map(_fast, grid.size)) / 2 + product
     by_fft += (0.4 if rows == columns == 1 else 1.7) * entries  # channels alone stay where they are
     by_dft = _transforms(grid, rows, columns) + product + 0.6 * entries
@@ -80,12 +84,31 @@ def choose_form(grid: Grid, groups: int, rows: int, columns: int) -> Form:
     return min(costs, key=costs.__getitem__)
 
 
+def complex_parts(grid: Grid, rows: int, columns: int) -> int:
+    """Return whether complex numbers are 2 real ones in products, or 3: their sum is one, too.
+
+    Three products of matrices of the size do for one of complex ones, not four, and three matrices
+    are kept; but the last transform there and the first one back take half as long again. On a CPU
+    the one is worth it where the other is no more than half of what it saves.
+    """
+    last = max(len(grid.size) - 2, 0)  # which dimension is transformed last, and back first
+    n, source, result = grid.size[last], grid.source[last], grid.result[last]
+    saved = 2 * math.prod(grid.half) * rows * columns / _PRODUCT_RATE
+    entries = math.prod(grid.half) * (source * columns + result * rows)
+    more = (2 if len(grid.size) == 1 else 4) * entries / _transform_rate(n)
+    return 3 if 2 * more <= saved else 2
+
+
+def _transform_rate(n: int) -> float:
+    return 130 * n / (n + 10)  # small matrices are multiplied slowly
+
+
 def _transforms(grid: Grid, rows: int, columns: int) -> float:
     """Return what the transforms of a sample cost as products with matrices."""
     cost, left, right, done = 0.0, math.prod(grid.source), math.prod(grid.result), 1
     for i in (-1, *range(len(grid.size) - 1)):
         n, f, source, result = grid.size[i], grid.half[i], grid.source[i], grid.result[i]
-        rate = 130 * n / (n + 10)  # small matrices are multiplied slowly
+        rate = _transform_rate(n)
         complex_step = 1 if i == -1 else 2
         left, right = left // source, right // result
         cost += 4 * complex_step * done * f * source * left * columns / rate

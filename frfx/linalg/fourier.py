@@ -25,7 +25,7 @@ from torch import Tensor
 
 from frfx.linalg.backend import Backend, Namespace, TorchBackend, torch_backend
 from frfx.linalg.dft import Dft
-from frfx.linalg.form import Form, Grid, choose_form, choose_form_on_gpu, chunk
+from frfx.linalg.form import Form, Grid, choose_form, choose_form_on_gpu, chunk, complex_parts
 from frfx.linalg.kernel_map import KernelMap
 from frfx.linalg.pseudo_inverse import nbytes
 from frfx.linalg.scratch import Scratch
@@ -90,12 +90,14 @@ class FourierMap:
         self.grid, self.groups, self.rows, self.columns = grid, groups, rows, columns
         self.dtype, self.device, self.backend = dtype, device, backend
         choose = choose_form if device.type == "cpu" else choose_form_on_gpu
+        self.parts = complex_parts(grid, rows, columns) if device.type == "cpu" else 2
         self.form = form or choose(grid, groups, rows, columns)
         if form is None and self._bytes_of(self.form) > memory:
             self.form = "fft"  # the smallest, and it can be made anew in chunks
         self._matrices = matrices
         self.streams = self.form != "matrix" and self._bytes_of(self.form) > memory
-        self._dft = Dft(grid, dtype, device, backend) if self.form == "dft" else None
+        by_dft = self.form == "dft"
+        self._dft = Dft(grid, dtype, device, backend, self.parts) if by_dft else None
         self._kept: Any = None
         self._ready = False
         self.by_kernels = KernelMap.of(self)
@@ -128,7 +130,8 @@ class FourierMap:
         if form == "matrix":
             count, width = math.prod(grid.source) * math.prod(grid.result), 1
         else:
-            count, width = math.prod(grid.half), 4 if form == "dft" else 2
+            real = 3 if self.parts == 3 else 4
+            count, width = math.prod(grid.half), real if form == "dft" else 2
         return self.groups * self.rows * self.columns * count * width * self.dtype.itemsize
 
     @property
@@ -180,7 +183,9 @@ class FourierMap:
         entries = 0  # fast transforms have memory of their own
         padded: tuple[int, ...] | None = self.grid.size
         if self.form == "dft":
-            spectrum = 2 * math.prod(self.grid.half) * self.groups * max(self.rows, self.columns)
+            spectrum = (
+                self.parts * math.prod(self.grid.half) * self.groups * max(self.rows, self.columns)
+            )
             entries, padded = min(len(source), self.samples_at_once()) * spectrum, None
         scratch = Scratch(source, entries)
         for x, minus, plus, out in self._parts((*given, whole)):
@@ -226,17 +231,22 @@ class FourierMap:
         """Return the matrices (G, F, c', c) at frequencies.
 
         As real ones they are (G, F, 2 c', 2 c), rows and columns the real parts, then the
-        imaginary ones.
+        imaginary ones; or (G, F, 3, c', c), real part, imaginary part and their sum.
         """
         shape = (self.groups, len(frequencies), self.rows, self.columns)
-        if real:
+        if real and self.parts == 3:
+            shape = (*shape[:2], 3, self.rows, self.columns)
+        elif real:
             shape = (*shape[:2], 2 * self.rows, 2 * self.columns)
         out = torch.empty(
             shape, dtype=self.dtype if real else self.dtype.to_complex(), device=self.device
         )
         for part, some in self._pieces(frequencies):
             values = self._matrices(some)
-            if real:
+            if real and self.parts == 3:
+                out[:, part, 0], out[:, part, 1] = values.real, values.imag
+                torch.add(values.real, values.imag, out=out[:, part, 2])
+            elif real:
                 out[:, part, : self.rows, : self.columns] = values.real
                 out[:, part, : self.rows, self.columns :] = -values.imag
                 out[:, part, self.rows :, : self.columns] = values.imag
@@ -310,11 +320,22 @@ class FourierMap:
         return self._dft.back(self._product(xp, self._dft.there(x, scratch), scratch), scratch)
 
     def _product(self, xp: Namespace, x: Any, scratch: Scratch | None) -> Any:
-        """Multiply by the matrix of every frequency: (G, F, c, N) to (G, F, c', N)."""
+        """Multiply by the matrix of every frequency: (G, F, c, N) to (G, F, c', N).
+
+        Of real ones, c and c' are their parts.
+        """
         if self._applied is not None:
             pieces = self._pieces(self.grid.frequencies())
             parts = [self._applied(some, x[:, part]) for part, some in pieces]
             return torch.cat(parts, 1) / math.prod(self.grid.size)
+        if self.form == "dft" and self.parts == 3:
+            x = xp.reshape(x, (*x.shape[:2], 3, self.columns, x.shape[3]))
+            if scratch is not None:
+                product = scratch.matmul(self._kept, x)
+            else:
+                pieces = [m @ x[:, part, ...] for part, m in self.chunks()]
+                product = _join(xp, pieces, axis=1)
+            return xp.reshape(product, (*x.shape[:2], 3 * self.rows, x.shape[4]))
         if not self.rows == self.columns == 1:
             if scratch is not None:
                 return scratch.matmul(self._kept, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -191,6 +192,35 @@ def test_sources_of_any_layout(form, layout):
     else:
         x = image_for(problem, 1, 8)[::2]
     assert relative(make(problem, form=form)(x), dense_product(problem, x.numpy())) < 1e-13
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("memory", [math.inf, 0], ids=["kept", "streamed"])
+@given(problem=problems(), seed=seeds, count=st.integers(1, 3), with_ends=st.booleans())
+def test_three_real_products_are_a_complex_one(memory, backend, problem, seed, count, with_ends):
+    with patch.object(fourier, "complex_parts", lambda *sizes: 3):
+        made = make(problem, form="dft", memory=memory, backend=backend)
+    x, expected = image_for(problem, seed, count), 0.0
+    ends = (None, None)
+    if with_ends:
+        minus = image_for(problem, seed + 1, count)
+        ends = (minus, torch.ones(count, made.groups, made.rows, *made.grid.result).double())
+        expected = 1 - dense_product(problem, minus.numpy())
+    assert relative(made(x, *ends), expected + dense_product(problem, x.numpy())) < 1e-12
+    assert made.streams or made._kept.shape[2] == 3  # the sum is kept beside the parts
+
+
+@pytest.mark.parametrize("channels", [16, 512])
+def test_three_products_are_for_many_channels(channels):
+    """There they take less memory, too."""
+    grid = Grid((6, 6), (4, 4), (4, 4))
+    problem = grid, [(0, 0)], normal(0, 1, 1, channels, channels)
+    made = make(problem, form="dft", dtype=torch.float32)
+    assert made.parts == form_module.complex_parts(grid, channels, channels)
+    assert made.parts == (3 if channels == 512 else 2)
+    numbers = 24 * channels**2 * (3 if channels == 512 else 4)
+    tables = sum(table.numel() for table in made._dft.tables)
+    assert made.nbytes == 4 * (numbers + tables)
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
