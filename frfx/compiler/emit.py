@@ -11,8 +11,10 @@ from torch import fx, nn
 
 from frfx import vocabulary
 from frfx.compiler.forward import copy_nodes, forget_unused
+from frfx.compiler.merge import merge
 from frfx.compiler.plan import Plan, Step
 from frfx.compiler.pooling import pool_first
+from frfx.compiler.stage import Stage
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend
 from frfx.rules.base import Inversion
@@ -21,36 +23,16 @@ from frfx.rules.label import predicted_labels
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One inversion in the emitted graph, by the names of its nodes.
-
-    Attributes:
-        step: What is inverted.
-        module: The path of the inversion's module.
-        target: The node whose value is `y*`.
-        output: The node whose value is `y^`.
-        results: The nodes whose values are `x*`, in the order of `step.reconstructed`.
-        parts: The parts of a tuple that the target is put together from: forward nodes, and the
-            nodes whose values are `y*` and `y^` there.
-    """
-
-    step: Step
-    module: str
-    target: str
-    output: str
-    results: tuple[str, ...]
-    parts: tuple[tuple[fx.Node, str, str], ...] = ()
-
-
-@dataclass(frozen=True)
 class Emitted:
     """A reconstruction graph and what its module paths stand for.
 
     Attributes:
         graph: Reads `x` and `target`, returns `a*`. Its call_module nodes name `model.<path>`
-            and `pooled.<node>` (the forward pass), `inverse.<node>` (the inversions), `prepare` and
-            `finish`.
+            `pooled.<node>` and `merged.<node>` (the forward pass), `inverse.<node>` (the
+            inversions), `prepare` and `finish`.
+        walk: The same, with every stage; not another one where all of them are in the graph.
         pooled: The children of `pooled`.
+        merged: The children of `merged`.
         inversions: The children of `inverse`.
         stages: The walk back, in order.
         cut: The name of the forward node that is reconstructed.
@@ -58,7 +40,9 @@ class Emitted:
     """
 
     graph: fx.Graph
+    walk: fx.Graph
     pooled: nn.Module
+    merged: nn.Module
     inversions: nn.Module
     stages: tuple[Stage, ...]
     cut: str
@@ -86,7 +70,10 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     graph.output(graph.call_module("finish", (feature, cut)))
     forget_unused(graph)
     pooled = pool_first(traced, graph, walk.copies)
-    return Emitted(graph, pooled, inversions, tuple(stages), cut.name, feature.name)
+    shorter, merged = merge(graph, walk.copies, stages, inversions, traced.root)
+    return Emitted(
+        shorter, graph, pooled, merged, inversions, tuple(stages), cut.name, feature.name
+    )
 
 
 class _Walk:

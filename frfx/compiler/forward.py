@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import networkx as nx
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from frfx.compiler.tail import Network
 from frfx.compiler.trace import Traced
@@ -40,6 +40,27 @@ def forget_unused(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if node.op not in ("placeholder", "output") and not node.users:
             graph.erase_node(node)
+
+
+def call_of(node: fx.Node, root: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what a node calls, as a function of its one activation."""
+    if node.op == "call_module":
+        return root.get_submodule(str(node.target))
+
+    def call(x: Tensor) -> Tensor:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda _: x)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    return call
+
+
+def is_hooked(call: Callable | None) -> bool:
+    """Tell whether hooks, or a forward of its own, change what a module is known to compute."""
+    return isinstance(call, nn.Module) and bool(
+        call._forward_hooks or call._forward_pre_hooks or "forward" in call.__dict__
+    )
 
 
 def forward_module(traced: Traced, outputs: tuple[fx.Node, ...]) -> fx.GraphModule:
@@ -108,4 +129,11 @@ def _module(traced: Traced, graph: fx.Graph, name: str) -> fx.GraphModule:
     return module
 
 
-__all__ = ["copy_nodes", "forget_unused", "forward_module", "region_module"]
+__all__ = [
+    "call_of",
+    "copy_nodes",
+    "forget_unused",
+    "forward_module",
+    "is_hooked",
+    "region_module",
+]

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frfx.compiler.emit import Emitted, Stage
+from frfx.compiler.emit import Emitted
 from frfx.compiler.plan import Plan
 from frfx.compiler.prepare import Finish, Preparation
+from frfx.compiler.stage import Stage
 from frfx.compiler.trace import Traced
 from frfx.errors import NonFiniteError
 from frfx.joint import JointInversion, Report
@@ -143,12 +144,14 @@ class Inverse(fx.GraphModule):
     Attributes:
         model: The network, as a view that shares the model's parameters.
         pooled: What pools in its place, without parameters, a child a node.
+        merged: The linear layers that compute with what is pooled for them, likewise.
         inverse: The inversions, one a node.
         prepare: The first node: checks the arguments and readies the factors.
     """
 
     model: nn.Module
     pooled: nn.Module
+    merged: nn.Module
     inverse: nn.Module
     prepare: Preparation
     finish: Finish
@@ -165,6 +168,7 @@ class Inverse(fx.GraphModule):
         children = {
             "model": traced.root,
             "pooled": emitted.pooled,
+            "merged": emitted.merged,
             "inverse": inversions,
             "prepare": Preparation(traced, plan, factored),
             "finish": Finish(c for c in inversions.children() if isinstance(c, Inversion)),
@@ -176,12 +180,12 @@ class Inverse(fx.GraphModule):
         for name, child in children.items():
             self.add_module(name, child)  # whole, where GraphModule copies the attributes it needs
         self.traced, self.plan = traced, plan
-        self._stages, self._recipe = emitted.stages, recipe
+        self._stages, self._walk, self._recipe = emitted.stages, emitted.walk, recipe
         self._cut, self._feature = emitted.cut, emitted.feature
         self.graph.lint()
         self.training = False
         # The model's view is in evaluation mode already, and its train() may write to parameters.
-        for name in ("pooled", "inverse", "prepare", "finish"):
+        for name in ("pooled", "merged", "inverse", "prepare", "finish"):
             self.get_submodule(name).eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -346,7 +350,7 @@ class _Recorder(fx.Interpreter):
     """Runs a reconstruction graph and keeps every value; skips the check at the end."""
 
     def __init__(self, inverse: Inverse) -> None:
-        super().__init__(inverse, garbage_collect_values=False)
+        super().__init__(inverse, garbage_collect_values=False, graph=inverse._walk)
         self.extra_traceback = False  # leaves messages as they are
 
     def run_to(self, x: Tensor, target: Tensor) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from frfx import vocabulary
 from frfx.compiler.bind import bind, live_nodes, op_type
-from frfx.compiler.forward import forget_unused
+from frfx.compiler.forward import call_of, forget_unused, is_hooked
 from frfx.compiler.rows import Rows, in_rows
 from frfx.compiler.trace import Traced
 from frfx.ops import Op, Shape
@@ -100,7 +100,7 @@ class Pooling(nn.Module):
             and x.is_contiguous()  # channels last, torch pools fast
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)))
             and not torch.compiler.is_compiling()
-            and not any(map(_is_hooked, self._calls))
+            and not any(map(is_hooked, self._calls))
         )
 
     def _axes(self, size: Shape) -> tuple[Axis, ...]:
@@ -132,12 +132,6 @@ def _sizes(op: Op, name: str, dims: int) -> tuple[int, ...]:
     return op.sizes(name if given else "kernel_size", dims)
 
 
-def _is_hooked(call: Callable | None) -> bool:
-    return isinstance(call, nn.Module) and bool(
-        call._forward_hooks or call._forward_pre_hooks or "forward" in call.__dict__
-    )
-
-
 def pool_first(traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node]) -> nn.Module:
     """Rewrite the max pooling in the forward part of a reconstruction graph.
 
@@ -161,14 +155,14 @@ def pool_first(traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node
         source, reader = node.all_input_nodes[0], copy
         activation = convolution = rows = None
         if set(copies[source].users) == {reader} and _is_increasing(source, traced, live):
-            activation, reader = _call(source, traced.root), copies[source]
+            activation, reader = call_of(source, traced.root), copies[source]
             source = source.all_input_nodes[0]
         if set(copies[source].users) == {reader} and _rows_of(op) > 1:
             before = bind(source, traced, live)
             if in_rows(before):
-                convolution, rows = _call(source, traced.root), Rows(before, _rows_of(op))
+                convolution, rows = call_of(source, traced.root), Rows(before, _rows_of(op))
                 source = source.all_input_nodes[0]
-        call = _call(node, traced.root)
+        call = call_of(node, traced.root)
         pooled.add_module(copy.name, Pooling(op, call, activation, convolution, rows))
         copy.op, copy.target = "call_module", f"pooled.{copy.name}"
         copy.args, copy.kwargs = (copies[source],), {}
@@ -181,20 +175,6 @@ def _is_increasing(node: fx.Node, traced: Traced, live: set[fx.Node]) -> bool:
         return False
     op = bind(node, traced, live)
     return op.type in _INCREASING and set(op.inputs) == {"input"} and not op.computed
-
-
-def _call(node: fx.Node, root: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what a node calls, as a function of its one activation."""
-    if node.op == "call_module":
-        return root.get_submodule(str(node.target))
-
-    def call(x: Tensor) -> Tensor:
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda _: x)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    return call
 
 
 __all__ = ["Pooling", "pool_first"]

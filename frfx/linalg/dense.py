@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,14 @@ class MatrixFactor(Factor):
             return super().correct(x, target, output)
         return torch.addmm(x, target - output, self.inverse.mT)
 
+    def followed_by(self, after: Callable[[Tensor], Tensor]) -> MatrixFactor:
+        """Return the factor whose deviations are what a linear map makes of these.
+
+        Args:
+            after: Maps rows (r, n) to rows (r, k).
+        """
+        return MatrixFactor(after(self.inverse.mT).mT.contiguous(), self.spectrum)
+
     @property
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes."""
@@ -86,6 +95,19 @@ class GramFactor(Factor):
         if matrix.shape[0] <= matrix.shape[1]:
             return (residual @ self.inverse) @ matrix
         return (residual @ matrix) @ self.inverse
+
+    def followed_by(self, after: Callable[[Tensor], Tensor]) -> MatrixFactor:
+        """Return the factor whose deviations are what a linear map makes of these.
+
+        Args:
+            after: Maps rows (r, n) to rows (r, k).
+        """
+        matrix = self.matrix.to(self.inverse.dtype)
+        if matrix.shape[0] <= matrix.shape[1]:
+            rows = self.inverse @ after(matrix)
+        else:
+            rows = matrix @ after(self.inverse)
+        return MatrixFactor(rows.mT.contiguous(), self.spectrum)
 
     @property
     def nbytes(self) -> int:

@@ -233,7 +233,7 @@ class FourierMap:
         As real ones they are (G, F, 2 c', 2 c), rows and columns the real parts, then the
         imaginary ones; or (G, F, 3, c', c), real part, imaginary part and their sum.
         """
-        shape = (self.groups, len(frequencies), self.rows, self.columns)
+        shape: tuple[int, ...] = (self.groups, len(frequencies), self.rows, self.columns)
         if real and self.parts == 3:
             shape = (*shape[:2], 3, self.rows, self.columns)
         elif real:
@@ -329,13 +329,14 @@ class FourierMap:
             parts = [self._applied(some, x[:, part]) for part, some in pieces]
             return torch.cat(parts, 1) / math.prod(self.grid.size)
         if self.form == "dft" and self.parts == 3:
-            x = xp.reshape(x, (*x.shape[:2], 3, self.columns, x.shape[3]))
+            groups, frequencies, _, n = x.shape
+            x = xp.reshape(x, (groups, frequencies, 3, self.columns, n))
             if scratch is not None:
                 product = scratch.matmul(self._kept, x)
             else:
-                pieces = [m @ x[:, part, ...] for part, m in self.chunks()]
-                product = _join(xp, pieces, axis=1)
-            return xp.reshape(product, (*x.shape[:2], 3 * self.rows, x.shape[4]))
+                products = [m @ x[:, part, ...] for part, m in self.chunks()]
+                product = _join(xp, products, axis=1)
+            return xp.reshape(product, (groups, frequencies, 3 * self.rows, n))
         if not self.rows == self.columns == 1:
             if scratch is not None:
                 return scratch.matmul(self._kept, x)

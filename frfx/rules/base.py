@@ -144,9 +144,13 @@ class AffineInversion(FactoredInversion):
         """Return what of the shapes the operator depends on."""
         return () if self._key is None else self._key(input_shape, output_shape)
 
+    def linear_part(self, key: Shape) -> Operator:
+        """Return A with the weights as they are now."""
+        return self._operator(self.op, key)
+
     def factorize(self, key: Shape) -> Factor:
         """Factor the linear part from the weights as they are now."""
-        return self._solver.prepare(self._operator(self.op, key), self.backend)
+        return self._solver.prepare(self.linear_part(key), self.backend)
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         """Return `x^ + A+ (y* - y^)`."""

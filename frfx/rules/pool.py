@@ -139,6 +139,20 @@ class AdaptiveInversion(SeparableInversion):
 
     def __init__(self, op: Op, solver: Dense) -> None:
         super().__init__(op, spatial_dims(op), adaptive_averages, solver)
+        size = op.arguments["output_size"]
+        sizes = tuple(size) if isinstance(size, (list, tuple)) else (size,)
+        self._onto = sizes * spatial_dims(op) if len(sizes) == 1 else sizes
+
+    @property
+    def may_enlarge(self) -> bool:
+        """Whether there are images that are smaller than what they are pooled to."""
+        return any(size is not None and size > 1 for size in self._onto)
+
+    def onto(self, shape: Shape) -> Shape:
+        """Return the shape of what an image of a shape is pooled to, both without the batch."""
+        leading, sizes = shape[: -len(self._onto)], shape[-len(self._onto) :]
+        asked = zip(sizes, self._onto, strict=True)
+        return (*leading, *(size if onto is None else onto for size, onto in asked))
 
     def factorize(self, key: Shape) -> Factor:
         """Factor the pooling from one size onto another."""
