@@ -38,9 +38,6 @@ _BLOCK = 256
 _EXACT_WORK = 1 << 20
 """Multiplications up to which singular values are computed by their own decomposition."""
 
-_POWER_STEPS = 40
-"""Steps of the power iterations that estimate the extreme singular values of large matrices."""
-
 _LANCZOS_STEPS = 12
 """Steps of a bidiagonalisation; the largest singular value is then known to a few percent."""
 
@@ -362,7 +359,7 @@ def _by_cholesky(
     batch, size = product.shape[:-2], product.shape[-1]
     product = product.reshape(-1, size, size)
     known = scale is not None
-    largest = scale = float(_largest_eigenvalue(product).amax().sqrt()) if scale is None else scale
+    largest = scale = largest_singular_value(product) ** 0.5 if scale is None else scale
     shift = damping * scale**2
     shifted = product.clone() if shift else product
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
@@ -398,7 +395,7 @@ def _by_cholesky(
         candidates = inverse[bound <= bound.amin() * size**0.5]
         if len(candidates) > 64:
             candidates = inverse[torch.topk(bound, 64, largest=False).indices]
-        smallest = 1 / float(_largest_eigenvalue(candidates).amax()) - shift
+        smallest = 1 / largest_singular_value(candidates) - shift
         parts.append(Spectrum(largest, max(smallest, 0.0) ** 0.5, deficient=False))
     return inverse.reshape(*batch, size, size), Spectrum.union(parts)
 
@@ -432,18 +429,7 @@ def _without_largest(matrix: Tensor, bound: float) -> tuple[Tensor, float] | Non
             found = values > bound
             vectors, image = vectors[:, found], image[:, found]
             rest = image - vectors @ (vectors.mH @ image)
-            return matrix - vectors @ image.mH - rest @ vectors.mH, float(values[-1])
+            without = torch.addmm(matrix, vectors, image.mH, alpha=-1)
+            return without.addmm_(rest, vectors.mH, alpha=-1), float(values[-1])
         vectors = image
     return None
-
-
-def _largest_eigenvalue(product: Tensor) -> Tensor:
-    """Estimate the largest eigenvalue of every positive semidefinite matrix by power iteration."""
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(product.shape[-1], 2, generator=generator, dtype=torch.float64)
-    vector = start.to(product.device, product.dtype).expand(*product.shape[:-1], 2)
-    norm = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-    for _ in range(_POWER_STEPS):
-        vector = product @ (vector / norm.clamp(min=torch.finfo(torch.float64).tiny))
-        norm = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-    return norm.amax((-2, -1))
