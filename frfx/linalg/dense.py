@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from frfx.linalg import separable
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed
+from frfx.linalg.products import matmul, onednn_is_faster
 from frfx.linalg.pseudo_inverse import (
     Factor,
     Spectrum,
@@ -49,11 +49,12 @@ class MatrixFactor(Factor):
 
     def solve(self, residual: Tensor) -> Tensor:
         """Map residuals (..., m) to deviations (..., n)."""
-        return F.linear(residual.to(self.inverse.dtype), self.inverse)
+        return matmul(residual.to(self.inverse.dtype), self.inverse.mT)
 
     def correct(self, x: Tensor, target: Tensor, output: Tensor) -> Tensor:
         """Return `x + solve(target - output)`."""
-        if x.ndim != 2 or not x.dtype == target.dtype == self.inverse.dtype:
+        fits = x.ndim == 2 and x.dtype == target.dtype == self.inverse.dtype
+        if not fits or onednn_is_faster():
             return super().correct(x, target, output)
         return torch.addmm(x, target - output, self.inverse.mT)
 
@@ -93,8 +94,8 @@ class GramFactor(Factor):
         residual = residual.to(self.inverse.dtype)
         matrix = self.matrix.to(self.inverse.dtype)
         if matrix.shape[0] <= matrix.shape[1]:
-            return (residual @ self.inverse) @ matrix
-        return (residual @ matrix) @ self.inverse
+            return matmul(matmul(residual, self.inverse), matrix)
+        return matmul(matmul(residual, matrix), self.inverse)
 
     def followed_by(self, after: Callable[[Tensor], Tensor]) -> MatrixFactor:
         """Return the factor whose deviations are what a linear map makes of these.
@@ -238,9 +239,9 @@ class Dense:
         if not exact and max(rows, columns) >= 2 * min(rows, columns) >= 512:
             # Products in single cost what the rounding of their inverse does, which is bounded.
             first, *parts = (matrix if wide else matrix.mT).to(dtype).split(_SUMMED_IN_SINGLE, 1)
-            product = gram_matrix(first).double()
+            product = gram_matrix(first.contiguous()).double()
             for part in parts:
-                product += gram_matrix(part)
+                product += gram_matrix(part.contiguous())
             inverse, spectrum = inverse_gram(product, cutoff, self.damping)
             if (1 + self.damping) <= _GRAM_UP_TO * (spectrum.condition**-2 + self.damping):
                 return GramFactor(matrix, inverse.to(dtype).contiguous(), spectrum)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from frfx.linalg.products import matmul
+
 _GRAM_FLOOR = 1e-7
 """Singular values below this share of the largest drown in a float64 Gram matrix's rounding."""
 
@@ -295,11 +297,11 @@ def gram_matrix(matrices: Tensor) -> Tensor:
     """Return `A A^H` of (..., m, n) in its type; of large matrices, every product is made once."""
     size = matrices.shape[-2]
     if size < 2 * _BLOCK:
-        return matrices @ matrices.mH
+        return matmul(matrices, matrices.mH)
     product = matrices.new_empty(*matrices.shape[:-1], size)
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
-        rows = matrices[..., start:stop, :] @ matrices[..., :stop, :].mH
+        rows = matmul(matrices[..., start:stop, :], matrices[..., :stop, :].mH)
         product[..., start:stop, :stop] = rows
         product[..., :start, start:stop] = rows[..., :start].mH
     return product
@@ -364,13 +366,14 @@ def _by_cholesky(
     shifted = product.clone() if shift else product
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
     triangle, failed = torch.linalg.cholesky_ex(shifted)
-    # What it leaves of a singular matrix may have a zero pivot, which is an error below.
-    triangle[failed != 0] = torch.eye(size, dtype=triangle.dtype, device=triangle.device)
+    if bool(failed.any()):  # what is left may have a zero pivot, which is an error below
+        triangle[failed != 0] = torch.eye(size, dtype=triangle.dtype, device=triangle.device)
     inverse = torch.cholesky_inverse(triangle)
     # |G^-1| <= |G^-1|_F, so 1 / |G^-1|_F is a lower bound of the smallest eigenvalue: of the damped
     # matrix, which has to be trusted, or of the matrix itself, which may have to be cut.
-    entries = torch.view_as_real(inverse) if inverse.is_complex() else inverse
-    bound = 1 / torch.linalg.vector_norm(entries.flatten(1), dim=1)  # of reals much faster
+    entries = inverse.mT.flatten(1)  # as LAPACK writes them; the norm of reals is much faster
+    entries = torch.view_as_real(entries).flatten(1) if inverse.is_complex() else entries
+    bound = 1 / torch.linalg.vector_norm(entries, dim=1)
     if rcond > 0:
         bound = bound - shift
     floor = (max(rcond, _CHOLESKY_FLOOR) * scale) ** 2

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from frfx.linalg.products import matmul
+
 
 class Scratch:
     """Two blocks of memory: what a step writes to the one, the next reads and writes to the other.
@@ -40,7 +42,7 @@ class Scratch:
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """Multiply matrices, one of which may be the same for all of the other's."""
         batch = (a if a.ndim > b.ndim else b).shape[:-2]
-        return torch.matmul(a, b, out=self.take(*batch, a.shape[-2], b.shape[-1]))
+        return matmul(a, b, self.take(*batch, a.shape[-2], b.shape[-1]))
 
     def residual(self, target: Tensor, output: Tensor, grid: tuple[int, ...] | None) -> Tensor:
         """Return `target - output`, in the corner of a grid of zeros if there is one."""

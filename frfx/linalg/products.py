@@ -1,0 +1,81 @@
+"""Products of large matrices in single, by the faster of the two libraries that torch has for them.
+
+torch multiplies with MKL, which leaves half of every AVX-512 register empty on processors that are
+not Intel's. oneDNN, which convolves for torch, does not: large products take half the time there.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from frfx.recording import is_recorded
+
+_ENTRIES = 1 << 16
+"""Entries of the larger matrix, for every thread, from which a call of oneDNN's is worth it."""
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return `a @ b`.
+
+    Args:
+        a: Shape (..., m, k).
+        b: Shape (..., k, n), the same leading dimensions or none, or more than `a` has.
+        out: Contiguous, where it is written to; nothing records it then.
+    """
+    if a.ndim != b.ndim or not _serves(a, b):
+        return torch.matmul(a, b, out=out)
+    if a.ndim == 2 and out is None:
+        return _by_onednn(a, b)
+    if out is None:
+        out = a.new_empty(*a.shape[:-1], b.shape[-1])
+    pairs = (t.reshape(-1, *t.shape[-2:]).unbind(0) for t in (a, b, out))
+    for left, right, product in zip(*pairs, strict=True):
+        product.copy_(_by_onednn(left, right))
+    return out
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], None)
+
+
+def _serves(a: Tensor, b: Tensor) -> bool:
+    larger = max(a.shape[-2] * a.shape[-1], b.shape[-2] * b.shape[-1])
+    return (
+        larger >= _ENTRIES * torch.get_num_threads()
+        and a.shape[:-2] == b.shape[:-2]
+        and a.shape[-1] == b.shape[-2]
+        and min(a.numel(), b.numel()) > 0
+        and a.is_cpu
+        and b.is_cpu
+        and a.dtype == b.dtype == torch.float32
+        and a.is_contiguous()  # of anything else than whole matrices oneDNN is slow beyond measure
+        and (b.is_contiguous() or b.mT.is_contiguous())
+        and onednn_is_faster()
+        and not is_recorded(a, b)
+    )
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Tell whether oneDNN has wider registers than MKL on this processor."""
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and "AuthenticAMD" in _processor()
+    )
+
+
+def _processor() -> str:
+    """Return what the system says of the processor."""
+    known = Path("/proc/cpuinfo")
+    return known.read_text(errors="replace") if known.exists() else platform.processor()
+
+
+__all__ = ["matmul", "onednn_is_faster"]

@@ -1,0 +1,119 @@
+"""Products by oneDNN against double precision, whatever processor this is."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import normal, relative
+from torch import Tensor
+
+from frfx.linalg import products
+from frfx.linalg.products import matmul, onednn_is_faster
+
+needs_onednn = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this build of torch has no oneDNN",
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_if_it_were_faster(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "_ENTRIES", 1)
+
+
+class Counter:
+    """Counts the products that oneDNN makes."""
+
+    def __init__(self) -> None:
+        self.count, self._own = 0, products._by_onednn
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        self.count += 1
+        return self._own(a, b)
+
+
+sizes = st.integers(0, 9)
+
+
+@needs_onednn
+@given(
+    batch=st.lists(st.integers(0, 3), max_size=2), m=sizes, k=sizes, n=sizes,
+    turned=st.tuples(st.booleans(), st.booleans()), given_out=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_products_are_those_of_double(batch, m, k, n, turned, given_out, seed):
+    a = normal(seed, *batch, m, k, dtype=torch.float32)
+    b = normal(seed + 1, *batch, k, n, dtype=torch.float32)
+    a, b = (t.mT.contiguous().mT if turn else t for t, turn in zip((a, b), turned, strict=True))
+    out = torch.full((*batch, m, n), torch.nan) if given_out else None
+    found = matmul(a, b, out)
+    expected = a.double() @ b.double()
+    assert found.shape == expected.shape
+    assert out is None or found.data_ptr() == out.data_ptr()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_large_matrices_are_exact_to_single():
+    a, b = (normal(seed, 3, 512, 512, dtype=torch.float32) for seed in (0, 1))
+    counter = Counter()
+    with patch.object(products, "_by_onednn", counter):
+        found = matmul(a, b)
+    assert counter.count == 3
+    assert relative(found.double(), a.double() @ b.double()) < 1e-6
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.ones(4, 6)[:, ::2], torch.ones(3, 5)),
+        (torch.ones(4, 3), torch.ones(3, 10)[:, ::2]),
+        (torch.ones(3, 4, 3), torch.ones(3, 5)),
+        (torch.ones(4, 3), torch.ones(2, 3, 5)),
+        (torch.ones(1, 4, 3), torch.ones(2, 3, 5)),
+        (torch.ones(4, 3).double(), torch.ones(3, 5).double()),
+        (torch.ones(4, 0), torch.ones(0, 5)),
+    ],
+    ids=["rows", "columns", "one right", "one left", "broadcast", "double", "nothing"],
+)
+def test_what_onednn_does_not_take_torch_multiplies(a, b):
+    counter = Counter()
+    with patch.object(products, "_by_onednn", counter):
+        torch.testing.assert_close(matmul(a, b), a @ b)
+    assert not counter.count
+
+
+@needs_onednn
+def test_gradients_and_transforms_are_torchs():
+    a, b = normal(0, 4, 3, dtype=torch.float32), normal(1, 3, 5, dtype=torch.float32)
+    a.requires_grad_()
+    (found,) = torch.autograd.grad(matmul(a, b).sum(), a)
+    torch.testing.assert_close(found, b.sum(1).expand(4, 3))
+    stack = normal(2, 6, 4, 3, dtype=torch.float32)
+    torch.testing.assert_close(torch.vmap(lambda each: matmul(each, b))(stack), stack @ b)
+    with torch.no_grad():
+        assert products._serves(a, b)  # nothing records there
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "faster"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+    ],
+)
+@needs_onednn
+def test_mkl_keeps_what_it_is_made_for(vendor, capability, faster):
+    with (
+        patch.object(products, "_processor", lambda: f"vendor_id : {vendor}"),
+        patch.object(torch.backends.cpu, "get_cpu_capability", lambda: capability),
+        patch.object(torch.backends.mkl, "is_available", lambda: True),
+    ):
+        assert onednn_is_faster.__wrapped__() is faster
