@@ -17,6 +17,7 @@ its place where they are faster (`kernel_map`).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from frfx.linalg.backend import Backend, Namespace, TorchBackend, torch_backend
 from frfx.linalg.dft import Dft
 from frfx.linalg.form import Form, Grid, choose_form, choose_form_on_gpu, chunk, complex_parts
 from frfx.linalg.kernel_map import KernelMap
+from frfx.linalg.products import matmul
 from frfx.linalg.pseudo_inverse import nbytes
 from frfx.linalg.scratch import Scratch
 from frfx.recording import is_recorded
@@ -292,7 +294,8 @@ class FourierMap:
     def _by_matrix(self, xp: Namespace, x: Any) -> Any:
         shape = (x.shape[0], self.groups, self.rows, *self.grid.result)
         if self.groups == 1:
-            return xp.reshape(xp.reshape(x, (x.shape[0], -1)) @ self._kept[0, ...], shape)
+            product = matmul if isinstance(x, Tensor) else operator.matmul
+            return xp.reshape(product(xp.reshape(x, (x.shape[0], -1)), self._kept[0, ...]), shape)
         by_group = xp.permute_dims(xp.reshape(x, (x.shape[0], self.groups, -1)), (1, 0, 2))
         return xp.reshape(xp.permute_dims(by_group @ self._kept, (1, 0, 2)), shape)
 

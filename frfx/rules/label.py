@@ -49,15 +49,12 @@ def _nearest_embedding(logits: Tensor, labels: Tensor, dim: int, margin: float) 
     index = labels.long().unsqueeze(dim)
     own = logits.gather(dim, index)
     excess = (logits + margin - own).scatter(dim, index, 0)  # d of Algorithm 1, 0 at the label
-    ordered = excess.sort(dim, descending=True).values
-    total = ordered.cumsum(dim)
-    count = torch.arange(1, logits.shape[dim] + 1, device=logits.device, dtype=logits.dtype)
+    total = excess.sort(dim, descending=True).values.cumsum(dim)
+    count = torch.arange(2, logits.shape[dim] + 2, device=logits.device, dtype=logits.dtype)
     count = count.reshape([-1 if d == dim % logits.ndim else 1 for d in range(logits.ndim)])
-    # Formula 33: the s largest are active as long as (s + 1) d_s > d_1 + ... + d_s.
-    active = ((count + 1) * ordered > total) & (ordered > 0)
-    size = active.sum(dim, keepdim=True)
-    last = (size - 1).clamp(min=0)
-    raise_by = torch.where(size > 0, total.gather(dim, last) / (size + 1), 0)  # Eq. 31
+    # Eq. 31 with the s largest, whichever s. It grows with s as long as these are active (formula
+    # 33: d_s > (d_1 + ... + d_{s - 1}) / s), so the largest is the one.
+    raise_by = (total / count).amax(dim, keepdim=True).clamp(min=0)
     level = own + raise_by  # Eq. 26
     embedded = torch.where(excess > raise_by, level - margin, logits)  # Eq. 27
     return embedded.scatter(dim, index, level)
