@@ -105,9 +105,9 @@ class GramFactor(Factor):
         """
         matrix = self.matrix.to(self.inverse.dtype)
         if matrix.shape[0] <= matrix.shape[1]:
-            rows = self.inverse @ after(matrix)
+            rows = matmul(self.inverse, after(matrix))
         else:
-            rows = matrix @ after(self.inverse)
+            rows = matmul(matrix, after(self.inverse))
         return MatrixFactor(rows.mT.contiguous(), self.spectrum)
 
     @property

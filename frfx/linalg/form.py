@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -57,6 +58,24 @@ class Grid:
         if form == "dft":
             return torch.cartesian_prod(axes[-1], *axes[:-1]).reshape(-1, len(axes)).roll(-1, 1)
         return torch.cartesian_prod(*axes).reshape(-1, len(axes))
+
+    def conjugates(self, form: Form = "fft") -> tuple[list[slice], Tensor, Tensor]:
+        """Return which frequencies to compute at, for what is real: of -u and u, one is enough.
+
+        Returns:
+            Runs of frequencies, as `frequencies` counts them; those that are in none, and for each
+            of these the one in a run of which it is the conjugate.
+        """
+        size = torch.tensor(self.size)
+        steps = (self.frequencies(form) * size).round().long()
+        own = torch.arange(len(steps))
+        places = torch.full(self.size, len(steps))  # where there is none
+        places[tuple(steps.T)] = own
+        opposite = places[tuple((-steps % size).T)]
+        others = (opposite < own).nonzero().flatten()
+        ends = [-1, *others.tolist(), len(steps)]
+        runs = [slice(i + 1, j) for i, j in itertools.pairwise(ends) if i + 1 < j]
+        return runs, others, opposite[others]
 
 
 def chunk(device: torch.device) -> int:

@@ -46,6 +46,9 @@ _POINTWISE_UP_TO = 32
 """Entries of a matrix up to which products of whole spectra, channel by channel, are faster than
 changes of layout and products of small matrices."""
 
+_LARGE = 1 << 12
+"""Entries of a matrix from which it is worth looking for those that are conjugates of others."""
+
 Matrices = Callable[[Tensor], Tensor]
 """Makes the matrices (G, F, c', c), complex, at frequencies (F, dims)."""
 
@@ -121,7 +124,7 @@ class FourierMap:
                 self._kept = constant(self._dense())
             elif not self.streams:
                 real = self.form == "dft"
-                kept = self.at(self.grid.frequencies(self.form), real)
+                kept = self._everywhere(real)
                 if self._pointwise:  # a frequency behind the other, in memory
                     kept = kept.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
                 self._kept = constant(kept)
@@ -235,14 +238,41 @@ class FourierMap:
         As real ones they are (G, F, 2 c', 2 c), rows and columns the real parts, then the
         imaginary ones; or (G, F, 3, c', c), real part, imaginary part and their sum.
         """
-        shape: tuple[int, ...] = (self.groups, len(frequencies), self.rows, self.columns)
+        out = self._room_for(len(frequencies), real)
+        self._write_at(frequencies, out, real)
+        return out
+
+    def _everywhere(self, real: bool) -> Tensor:
+        """Return the matrices at all frequencies of the form."""
+        frequencies = self.grid.frequencies(self.form)
+        if self.rows * self.columns < _LARGE:
+            return self.at(frequencies, real)
+        out = self._room_for(len(frequencies), real)
+        runs, others, opposite = self.grid.conjugates(self.form)
+        for run in runs:
+            self._write_at(frequencies[run], out[:, run], real)
+        made = out[:, opposite]
+        if not real:
+            made = made.conj()
+        elif self.parts == 3:
+            made[:, :, 1].neg_()
+            torch.add(made[:, :, 0], made[:, :, 1], out=made[:, :, 2])
+        else:
+            made[..., : self.rows, self.columns :].neg_()
+            made[..., self.rows :, : self.columns].neg_()
+        out[:, others] = made
+        return out
+
+    def _room_for(self, count: int, real: bool) -> Tensor:
+        shape: tuple[int, ...] = (self.groups, count, self.rows, self.columns)
         if real and self.parts == 3:
             shape = (*shape[:2], 3, self.rows, self.columns)
         elif real:
             shape = (*shape[:2], 2 * self.rows, 2 * self.columns)
-        out = torch.empty(
-            shape, dtype=self.dtype if real else self.dtype.to_complex(), device=self.device
-        )
+        dtype = self.dtype if real else self.dtype.to_complex()
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _write_at(self, frequencies: Tensor, out: Tensor, real: bool) -> None:
         for part, some in self._pieces(frequencies):
             values = self._matrices(some)
             if real and self.parts == 3:
@@ -257,7 +287,6 @@ class FourierMap:
                 out[:, part] = values
         if not real:  # fast transforms back do not divide by the size of the grid
             torch.view_as_real(out).div_(math.prod(self.grid.size))
-        return out
 
     def chunks(self) -> Iterator[tuple[slice, Any]]:
         """Yield the matrices, all at once if they are kept."""

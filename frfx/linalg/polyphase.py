@@ -186,7 +186,9 @@ class Polyphase:
         Args:
             rcond: Singular values up to this share of the largest count as zero.
         """
-        frequencies = Grid(self.grid, self.grid, self.grid).frequencies()
+        grid = Grid(self.grid, self.grid, self.grid)
+        runs, *_ = grid.conjugates()
+        frequencies = torch.cat([grid.frequencies()[run] for run in runs])
         rows, columns = self.rows, self.columns
         work = self.groups * rows * columns * min(rows, columns)
         few = min(256, max(8, _SAMPLED_WORK // work))

@@ -210,6 +210,33 @@ def test_three_real_products_are_a_complex_one(memory, backend, problem, seed, c
     assert made.streams or made._kept.shape[2] == 3  # the sum is kept beside the parts
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("form", ["dft", "fft"])
+@given(problem=problems(), seed=seeds, count=st.integers(1, 3))
+def test_conjugates_are_made_once(form, parts, problem, seed, count):
+    with (
+        patch.object(fourier, "complex_parts", lambda *sizes: parts),
+        patch.object(fourier, "_LARGE", 1),
+    ):
+        made = make(problem, form=form)
+    x = image_for(problem, seed, count)
+    assert relative(made(x), dense_product(problem, x.numpy())) < 1e-12
+
+
+@given(size=st.lists(st.integers(1, 7), min_size=1, max_size=3), form=st.sampled_from(FORMS))
+def test_every_frequency_is_made_or_a_conjugate(size, form):
+    grid = Grid(tuple(size), tuple(size), tuple(size))
+    runs, others, opposite = grid.conjugates(form)
+    frequencies = grid.frequencies(form)
+    made = [i for run in runs for i in range(run.start, run.stop)]
+    assert sorted([*made, *others.tolist()]) == list(range(len(frequencies)))
+    assert set(opposite.tolist()) <= set(made)
+    sums = frequencies[others] + frequencies[opposite]
+    torch.testing.assert_close(sums, sums.round())  # u and -u
+    alone = math.prod(2 - n % 2 for n in size)  # u and -u are the same
+    assert len(made) == (math.prod(size) + alone) // 2
+
+
 @pytest.mark.parametrize("channels", [16, 512])
 def test_three_products_are_for_many_channels(channels):
     """There they take less memory, too."""
