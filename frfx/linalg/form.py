@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from frfx.linalg.products import onednn_is_faster
+
 Form = Literal["matrix", "dft", "fft"]
 
 _CHUNK = 1 << 20
@@ -25,6 +27,9 @@ _MATRIX_ON_GPU_UP_TO = 1 << 21
 
 _PRODUCT_RATE = 80
 """Multiplications and additions a nanosecond in the products at the frequencies."""
+
+_SLOWER_PRODUCTS = 1.5
+"""How much longer they take, beside all else, where MKL fills half of a register (`products`)."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +94,14 @@ def choose_form(grid: Grid, groups: int, rows: int, columns: int) -> Form:
     The model counts nanoseconds of a core a sample. What decides is the ratio of its numbers: the
     rate of large and small products, and the time that an entry takes to be transformed or moved.
     """
+    slower = _SLOWER_PRODUCTS if onednn_is_faster() else 1.0
     source, result = math.prod(grid.source), math.prod(grid.result)
     whole = rows * result * columns * source
     entries = source * columns + result * rows
-    product = 8 * math.prod(grid.half) * rows * columns / _PRODUCT_RATE
+    product = slower * 8 * math.prod(grid.half) * rows * columns / _PRODUCT_RATE
     by_fft = entries * sum(map(_fast, grid.size)) / 2 + product
     by_fft += (0.4 if rows == columns == 1 else 1.7) * entries  # channels alone stay where they are
-    by_dft = _transforms(grid, rows, columns) + product + 0.6 * entries
+    by_dft = slower * _transforms(grid, rows, columns) + product + 0.6 * entries
     fits = groups * whole <= _MATRIX_UP_TO
     costs: dict[Form, float] = {"dft": by_dft, "fft": by_fft}
     if fits:
