@@ -139,9 +139,12 @@ class AdaptiveInversion(SeparableInversion):
 
     def __init__(self, op: Op, solver: Dense) -> None:
         super().__init__(op, spatial_dims(op), adaptive_averages, solver)
-        size = op.arguments["output_size"]
+
+    @property
+    def _onto(self) -> tuple[int | None, ...]:
+        size = self.op.arguments["output_size"]
         sizes = tuple(size) if isinstance(size, (list, tuple)) else (size,)
-        self._onto = sizes * spatial_dims(op) if len(sizes) == 1 else sizes
+        return sizes * spatial_dims(self.op) if len(sizes) == 1 else sizes
 
     @property
     def may_enlarge(self) -> bool:
