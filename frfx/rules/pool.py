@@ -148,8 +148,9 @@ class AdaptiveInversion(SeparableInversion):
 
     @property
     def may_enlarge(self) -> bool:
-        """Whether there are images that are smaller than what they are pooled to."""
-        return any(size is not None and size > 1 for size in self._onto)
+        """Whether a size is given that some images are smaller than."""
+        given = "output_size" in self.op.arguments  # else the graph computes it
+        return given and any(size is not None and size > 1 for size in self._onto)
 
     def onto(self, shape: Shape) -> Shape:
         """Return the shape of what an image of a shape is pooled to, both without the batch."""
