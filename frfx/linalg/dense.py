@@ -12,7 +12,7 @@ from torch import Tensor
 from frfx.linalg import separable
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed
-from frfx.linalg.products import matmul, onednn_is_faster
+from frfx.linalg.products import addmm, matmul
 from frfx.linalg.pseudo_inverse import (
     Factor,
     Spectrum,
@@ -53,10 +53,9 @@ class MatrixFactor(Factor):
 
     def correct(self, x: Tensor, target: Tensor, output: Tensor) -> Tensor:
         """Return `x + solve(target - output)`."""
-        fits = x.ndim == 2 and x.dtype == target.dtype == self.inverse.dtype
-        if not fits or onednn_is_faster():
+        if x.ndim != 2 or not x.dtype == target.dtype == self.inverse.dtype:
             return super().correct(x, target, output)
-        return torch.addmm(x, target - output, self.inverse.mT)
+        return addmm(x, target - output, self.inverse.mT)
 
     def followed_by(self, after: Callable[[Tensor], Tensor]) -> MatrixFactor:
         """Return the factor whose deviations are what a linear map makes of these.

@@ -39,6 +39,11 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def addmm(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return `x + a @ b` of single matrices."""
+    return x + _by_onednn(a, b) if _serves(a, b) else torch.addmm(x, a, b)
+
+
 def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], None)
 
@@ -78,4 +83,4 @@ def _processor() -> str:
     return known.read_text(errors="replace") if known.exists() else platform.processor()
 
 
-__all__ = ["matmul", "onednn_is_faster"]
+__all__ = ["addmm", "matmul", "onednn_is_faster"]

@@ -90,6 +90,14 @@ def test_what_onednn_does_not_take_torch_multiplies(a, b):
 
 
 @needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_product_is_added(dtype):
+    x, a, b = normal(0, 4, 5), normal(1, 4, 3), normal(2, 3, 5)
+    found = products.addmm(*(t.to(dtype) for t in (x, a, b)))
+    assert relative(found.double(), x + a @ b) < 10 * torch.finfo(dtype).eps
+
+
+@needs_onednn
 def test_gradients_and_transforms_are_torchs():
     a, b = normal(0, 4, 3, dtype=torch.float32), normal(1, 3, 5, dtype=torch.float32)
     a.requires_grad_()
