@@ -10,14 +10,13 @@ from typing import Any
 from torch import fx, nn
 
 from frfx import vocabulary
-from frfx.compiler.forward import copy_nodes, forget_unused
+from frfx.compiler.forward import add_child, copy_nodes, forget_unused
 from frfx.compiler.merge import merge
 from frfx.compiler.plan import Plan, Step
 from frfx.compiler.pooling import pool_first
 from frfx.compiler.stage import Stage
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend
-from frfx.rules.base import Inversion
 from frfx.rules.combine import Share, fan_out_inverse, limit_deviation, replace_parts
 from frfx.rules.label import predicted_labels
 
@@ -60,10 +59,10 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     for step in plan.steps:
         inversion = step.rule.build(step.op)
         inversion.backend = backend
-        path = f"inverse.{_add(inversions, step.op.name, inversion)}"
+        path = f"inverse.{add_child(inversions, step.op.name, inversion)}"
         stages.append(walk.back(step, path, plan.trust_region))
         if inversion.partial:
-            share = f"inverse.{_add(inversions, f'{step.op.name}_share', Share(inversion))}"
+            share = f"inverse.{add_child(inversions, f'{step.op.name}_share', Share(inversion))}"
             walk.partly(step, share)
     cut = walk.copies[plan.tail.cut]
     feature = walk.target(plan.tail.cut)
@@ -158,10 +157,3 @@ class _Walk:
         names = tuple(answer.name for answer in results)
         parts, self._parts = tuple(self._parts), []
         return Stage(step, path, target.name, output.name, names, parts)
-
-
-def _add(inversions: nn.Module, name: str, inversion: Inversion | Share) -> str:
-    while hasattr(inversions, name):  # a node may be called like an attribute of modules
-        name += "_"
-    inversions.add_module(name, inversion)
-    return name

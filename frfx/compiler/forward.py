@@ -35,6 +35,14 @@ def copy_nodes(
     return copies
 
 
+def add_child(parent: nn.Module, name: str, child: nn.Module) -> str:
+    """Register a module under the name of a node, or one like it, and return that."""
+    while hasattr(parent, name):  # a node may be called like an attribute of modules
+        name += "_"
+    parent.add_module(name, child)
+    return name
+
+
 def forget_unused(graph: fx.Graph) -> None:
     """Erase nodes that nothing reads, such as a softmax in front of an argmax."""
     for node in reversed(graph.nodes):
@@ -130,6 +138,7 @@ def _module(traced: Traced, graph: fx.Graph, name: str) -> fx.GraphModule:
 
 
 __all__ = [
+    "add_child",
     "call_of",
     "copy_nodes",
     "forget_unused",

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from frfx.compiler.forward import call_of, forget_unused, is_hooked
+from frfx.compiler.forward import add_child, call_of, forget_unused, is_hooked
 from frfx.compiler.stage import Stage
 from frfx.linalg import Matrix, Separable
 from frfx.linalg.auto import Choice
 from frfx.linalg.dense import GramFactor, MatrixFactor
-from frfx.linalg.pseudo_inverse import nbytes
+from frfx.linalg.pseudo_inverse import nbytes, solve_dtype
 from frfx.ops import Op, Shape
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion
 from frfx.rules.pool import AdaptiveInversion
@@ -85,7 +85,8 @@ class MergedInversion(FactoredInversion):
         by_pool = pool.key(key, pooled)
         averages, spread = pool.linear_part(by_pool), pool.factors[by_pool]
         assert isinstance(averages, Separable)
-        there = averages.rmv(layer.matrix.unflatten(1, pooled)).flatten(1)
+        weight = layer.matrix.to(solve_dtype(layer.matrix.dtype)).unflatten(1, pooled)
+        there = averages.rmv(weight).flatten(1).to(layer.matrix.dtype)
         back = factor.followed_by(lambda rows: spread.solve(rows.unflatten(1, pooled)).flatten(1))
         return Maps(there, back)
 
@@ -170,15 +171,14 @@ def merge(
             replace(op, inputs={"input": image.name}),
             calls[:-1],
         )
-        name = f"{op.name}_merged"
-        inversions.add_module(name, inversion)
+        name = add_child(inversions, f"{op.name}_merged", inversion)
         first, last = (there[nodes[stage.results[0]]] for stage in (linear, pool))
         x, y = there[copies[image]], there[copies[forward[-1]]]
         with shorter.inserting_before(last):
             result = shorter.call_module(f"inverse.{name}", (*first.args[:2], x))
         last.replace_all_uses_with(result)
-        merged.add_module(op.name, MergedForward(calls, inversion))
-        y.op, y.target, y.args, y.kwargs = "call_module", f"merged.{op.name}", (x,), {}
+        name = add_child(merged, op.name, MergedForward(calls, inversion))
+        y.op, y.target, y.args, y.kwargs = "call_module", f"merged.{name}", (x,), {}
     forget_unused(shorter)
     return shorter, merged
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from frfx import vocabulary
 from frfx.compiler.bind import bind, live_nodes, op_type
-from frfx.compiler.forward import call_of, forget_unused, is_hooked
+from frfx.compiler.forward import add_child, call_of, forget_unused, is_hooked
 from frfx.compiler.rows import Rows, in_rows
 from frfx.compiler.trace import Traced
 from frfx.ops import Op, Shape
@@ -163,8 +163,8 @@ def pool_first(traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node
                 convolution, rows = call_of(source, traced.root), Rows(before, _rows_of(op))
                 source = source.all_input_nodes[0]
         call = call_of(node, traced.root)
-        pooled.add_module(copy.name, Pooling(op, call, activation, convolution, rows))
-        copy.op, copy.target = "call_module", f"pooled.{copy.name}"
+        name = add_child(pooled, copy.name, Pooling(op, call, activation, convolution, rows))
+        copy.op, copy.target = "call_module", f"pooled.{name}"
         copy.args, copy.kwargs = (copies[source],), {}
     forget_unused(graph)  # what is called within
     return pooled

@@ -148,6 +148,19 @@ def test_gradients_are_those_of_the_layers():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_rounded_once(dtype):
+    model = network((3, 3), 7).to(dtype)
+    x, y = batch(2, 2, dtype=dtype)
+    with torch.no_grad():
+        inverse = frfx.invert(model, "0")
+        found = inverse(x, y)
+        assert maps_of(inverse) == [Maps]
+        assert found.dtype == dtype
+        close = {"rtol": 0.05, "atol": 4 * torch.finfo(dtype).eps}
+        torch.testing.assert_close(found, in_turn(inverse, x, y), **close)
+
+
 class Reader(nn.Module):
     """Reads what is between the two once more, and takes sizes from the graph."""
 
