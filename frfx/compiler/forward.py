@@ -67,7 +67,12 @@ def call_of(node: fx.Node, root: nn.Module) -> Callable[[Tensor], Tensor]:
 def is_hooked(call: Callable | None) -> bool:
     """Tell whether hooks, or a forward of its own, change what a module is known to compute."""
     return isinstance(call, nn.Module) and bool(
-        call._forward_hooks or call._forward_pre_hooks or "forward" in call.__dict__
+        call._forward_hooks
+        or call._forward_pre_hooks
+        or call._backward_hooks
+        or call._backward_pre_hooks
+        or "forward" in call.__dict__
+        or nn.modules.module._has_any_global_hook()
     )
 
 

@@ -47,7 +47,7 @@ class Maps:
 
 @dataclass(frozen=True)
 class Apart:
-    """In the place of maps, where pooling does not enlarge or the layer is solved in steps."""
+    """In the place of maps, where there are none: both are inverted in turn."""
 
     nbytes = 0
 
@@ -68,21 +68,28 @@ class MergedInversion(FactoredInversion):
         self._inversions, self._calls = tuple(inversions), tuple(calls)  # registered elsewhere
 
     def key(self, input_shape: Shape, output_shape: Shape) -> Shape:
-        """Return the shape of what is pooled."""
-        return input_shape
+        """Return how many dimensions the layer's output has, and the shape of what is pooled."""
+        return (len(output_shape), *input_shape)
+
+    def maps(self, x: Tensor) -> Maps | None:
+        """Return the maps for what is pooled; None if both are inverted in turn."""
+        maps = self.factors.get((1, *x.shape[1:]))
+        return maps if isinstance(maps, Maps) else None
 
     def factorize(self, key: Shape) -> Maps | Apart:
         """Merge the factors of both, which have been made before."""
         linear, *_, pool = self._inversions
         assert isinstance(linear, AffineInversion)
         assert isinstance(pool, AdaptiveInversion)
-        choice, layer, pooled = linear.factors[()], linear.linear_part(()), pool.onto(key)
+        (dims, *size), layer = key, linear.linear_part(())
+        before, pooled = tuple(size), pool.onto(tuple(size))
+        choice = linear.factors[()]
         factor = choice.factor if isinstance(choice, Choice) else choice
         if not isinstance(layer, Matrix) or not isinstance(factor, MatrixFactor | GramFactor):
             return Apart()
-        if not math.prod(key) < math.prod(pooled) == layer.matrix.shape[1]:
+        if dims != 1 or not math.prod(before) < math.prod(pooled) == layer.matrix.shape[1]:
             return Apart()
-        by_pool = pool.key(key, pooled)
+        by_pool = pool.key(before, pooled)
         averages, spread = pool.linear_part(by_pool), pool.factors[by_pool]
         assert isinstance(averages, Separable)
         weight = layer.matrix.to(solve_dtype(layer.matrix.dtype)).unflatten(1, pooled)
@@ -92,14 +99,14 @@ class MergedInversion(FactoredInversion):
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        maps = self.factor(x, output)
-        if isinstance(maps, Maps):
+        maps = self.maps(x)
+        if maps is not None:
             with torch.autocast(x.device.type, enabled=False):
                 flat = maps.back.correct(x.flatten(1), target, output)
             return flat.unflatten(1, x.shape[1:])
         values = [x]
-        for call in self._calls:
-            values.append(call(values[-1]))
+        for call in self._calls:  # not the hooks again, which only look
+            values.append((call.forward if isinstance(call, nn.Module) else call)(values[-1]))
         for inversion, value in zip(self._inversions, reversed(values), strict=True):
             target, output = inversion(target, output, value), value
         return target
@@ -124,13 +131,14 @@ class MergedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return what the linear layer gives, to rounding."""
         (inversion,) = self._parts
-        maps = inversion.factor(x, x)
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inversion.op.tensors())
-        if isinstance(maps, Apart) or recorded or any(map(is_hooked, self._calls)):
+        maps, layer = inversion.maps(x), inversion.op.module
+        assert isinstance(layer, nn.Linear)
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in layer.parameters())
+        if maps is None or recorded or any(map(is_hooked, self._calls)):
             for call in self._calls:
                 x = call(x)
             return x
-        return F.linear(x.flatten(1), maps.there, inversion.op.tensor("bias"))
+        return F.linear(x.flatten(1), maps.there, layer.bias)
 
 
 def merge(
@@ -191,8 +199,8 @@ def _chain(
     Between the two, entries keep their order; and nothing else reads what is answered there.
     """
     inversion = _inversion(inversions, pool)
-    if not isinstance(inversion, AdaptiveInversion) or not inversion.may_enlarge:
-        return None
+    if type(inversion) is not AdaptiveInversion or not inversion.may_enlarge:
+        return None  # a subclass may do something else
     if nodes[pool.results[0]].target != pool.module or not _calls_one(pool.step.node):
         return None
     by_module = {stage.module: stage for stage in stages}
@@ -204,9 +212,9 @@ def _chain(
             return None
         chain.append(stage)
         inversion = _inversion(inversions, stage)
-        if stage.step.op.spelling is nn.Linear and isinstance(inversion, AffineInversion):
+        if stage.step.op.spelling is nn.Linear and type(inversion) is AffineInversion:
             return chain[::-1]
-        if not isinstance(inversion, PassThrough | Reshape):
+        if type(inversion) not in (PassThrough, Reshape):
             return None
 
 

@@ -32,25 +32,27 @@ class Rows:
 
     def fit(self, x: Tensor) -> bool:
         """Tell whether a register holds the channels of a group, so that it is faster."""
-        weight = self.op.tensor_of["weight"]()
+        assert isinstance(self.op.module, nn.Conv2d)
+        weight = self.op.module.weight
         register = _REGISTER.get(torch.backends.cpu.get_cpu_capability(), 0)
         return (
             x.dtype == weight.dtype == torch.float32  # the type that oneDNN convolves
             and torch.backends.mkldnn.is_available()
+            and bool(torch.backends.mkldnn.enabled)
             and len(weight) * self.rows * weight.itemsize <= register
         )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the convolution of (N, C, H, W), of shape (N, C', rows, H' // rows, W')."""
-        weight, bias = self.op.tensor("weight"), self.op.tensor("bias")
-        assert weight is not None
+        assert isinstance(self.op.module, nn.Conv2d)
+        weight, bias = self.op.module.weight.detach(), self.op.module.bias
         down, across = self._stride
         height = down * (self.rows - 1)
         shifted = [F.pad(weight, (0, 0, i, height - i)) for i in range(0, height + 1, down)]
         found = F.conv2d(
             x,
             torch.stack(shifted, 1).flatten(0, 1),
-            None if bias is None else bias.repeat_interleave(self.rows),
+            None if bias is None else bias.detach().repeat_interleave(self.rows),
             (down * self.rows, across),
             self._padding,
         )

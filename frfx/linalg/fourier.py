@@ -73,6 +73,7 @@ class FourierMap:
 
     Attributes:
         form: The form that was chosen.
+        parts: As what complex numbers are multiplied in the form `"dft"`; see `complex_parts`.
         streams: Whether the matrices are made anew at every application.
         by_kernels: What applies the map by kernels; None where none are the fastest.
     """

@@ -49,6 +49,8 @@ def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _serves(a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # nothing that follows may be asked
+        return False
     larger = max(a.shape[-2] * a.shape[-1], b.shape[-2] * b.shape[-1])
     return (
         larger >= _ENTRIES * torch.get_num_threads()
@@ -60,6 +62,7 @@ def _serves(a: Tensor, b: Tensor) -> bool:
         and a.dtype == b.dtype == torch.float32
         and a.is_contiguous()  # of anything else than whole matrices oneDNN is slow beyond measure
         and (b.is_contiguous() or b.mT.is_contiguous())
+        and bool(torch.backends.mkldnn.enabled)
         and onednn_is_faster()
         and not is_recorded(a, b)
     )

@@ -277,6 +277,8 @@ def largest_singular_value(matrix: Tensor) -> float:
         above.append(beta[..., 0, 0])
     bidiagonal = torch.diag_embed(torch.stack(diagonal, -1))
     bidiagonal += torch.diag_embed(torch.stack(above[:-1], -1), offset=1)
+    if not bool(torch.isfinite(bidiagonal).all()):
+        return math.nan  # LAPACK refuses what has overflowed
     return float(torch.linalg.svdvals(bidiagonal).amax())
 
 

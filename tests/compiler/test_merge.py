@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 import frfx
 from frfx.compiler.merge import Apart, Maps
 from frfx.linalg.dense import GramFactor
+from frfx.rules.base import AffineInversion
+from frfx.rules.linear import LinearRule
 
 POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
@@ -95,7 +98,7 @@ def test_a_large_layer_is_merged_from_its_two_parts():
         assert isinstance(factor.factor, GramFactor)
         assert maps_of(inverse) == [Maps]
         torch.testing.assert_close(found, in_turn(inverse, x, y), rtol=1e-4, atol=1e-5)
-        merged = inverse.inverse._4_merged.factors[32, 2, 2]
+        merged = inverse.inverse._4_merged.factors[1, 32, 2, 2]
         assert merged.nbytes == 4 * 2 * 512 * 32 * 4
         assert inverse.prepare.nbytes >= merged.nbytes + factor.nbytes
 
@@ -122,9 +125,10 @@ def test_a_weight_that_changes_is_noticed():
         torch.testing.assert_close(second, in_turn(inverse, x, y))
 
 
+@pytest.mark.parametrize("size", [2, 4], ids=["merged", "in turn"])
 @pytest.mark.parametrize("where", ["1", "3", "4"])
-def test_hooks_run_in_their_place(where):
-    model, (x, y) = network((3, 3), 7), batch(2, 2)
+def test_hooks_run_in_their_place(where, size):
+    model, (x, y) = network((3, 3), 7), batch(size, size)
     inverse = frfx.invert(model, "0")
     with torch.no_grad():
         expected, shapes = inverse(x, y), []
@@ -146,6 +150,72 @@ def test_gradients_are_those_of_the_layers():
     torch.testing.assert_close(
         found, torch.autograd.grad(inverse(x, y).square().sum(), wanted), rtol=1e-9, atol=1e-12
     )
+
+
+def test_hooks_of_gradients_run():
+    model, (x, y) = network((3, 3), 7).requires_grad_(False), batch(2, 2)
+    seen = []
+    model[4].register_full_backward_hook(lambda *args: seen.append(args))
+    frfx.invert(model, "0")(x.requires_grad_(), y).sum().backward()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bias_may_come_and_go(bias):
+    model, (x, y) = network((3, 3), 7), batch(2, 2)
+    if not bias:
+        model[4].bias = None
+    inverse = frfx.invert(model, "0")
+    with torch.no_grad():
+        inverse(x, y)
+        model[4].bias = None if bias else nn.Parameter(torch.full((7,), 3.0).double())
+        torch.testing.assert_close(inverse(x, y), frfx.invert(model, "0")(x, y))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.AdaptiveAvgPool2d((1, 7)), nn.Flatten(1, 2), nn.Linear(7, 4), nn.Flatten(1)),
+        (nn.AdaptiveAvgPool1d(7), nn.Linear(7, 4), nn.Flatten(1)),
+        (nn.AdaptiveAvgPool2d(3), nn.Flatten(1), nn.Unflatten(1, (1, 9)), nn.Linear(9, 4))
+        + (nn.Flatten(1),),
+    ],
+    ids=["flattened", "one channel", "a dimension of one"],
+)
+def test_a_layer_of_rows_is_inverted_in_turn(layers):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Tanh(), *layers).double()
+    x, y = batch(*[2] * (1 if isinstance(layers[0], nn.AdaptiveAvgPool1d) else 2), channels=1)
+    with torch.no_grad():
+        inverse = frfx.invert(model, "0")
+        torch.testing.assert_close(inverse(x, y), in_turn(inverse, x, y))
+    assert maps_of(inverse) == [Apart]
+
+
+class Halved(AffineInversion):
+    """Goes half of the way."""
+
+    def forward(self, target, output, *inputs):
+        return (super().forward(target, output, *inputs) + inputs[0]) / 2
+
+
+@dataclass(frozen=True)
+class HalvedRule(LinearRule):
+    """A rule of a user, which builds an inversion of its own."""
+
+    def build(self, op):
+        own = super().build(op)
+        return Halved(op, own._operator, own._solver)
+
+
+def test_a_rule_of_ones_own_is_asked():
+    model, (x, y) = network((3, 3), 7), batch(2, 2)
+    policy = frfx.policy.paper().override(node="4", rule=HalvedRule())
+    inverse = frfx.invert(model, "0", policy=policy)
+    with torch.no_grad():
+        found = inverse(x, y)
+        torch.testing.assert_close(found, in_turn(inverse, x, y))
+        assert not torch.allclose(found, frfx.invert(model, "0")(x, y))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -183,6 +183,7 @@ def test_rows_of_a_convolution_are_channels(kernel, down, across, padding, bias,
     with torch.no_grad(), patch.object(Rows, "fit", lambda self, x: True):
         torch.testing.assert_close(pooling(x), model[:3](x))
         model[0].weight.neg_()  # it is the model's own
+        model[0].bias = None if bias else nn.Parameter(torch.ones(3))
         torch.testing.assert_close(pooling(x), model[:3](x))
 
 

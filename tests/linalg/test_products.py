@@ -98,6 +98,28 @@ def test_a_product_is_added(dtype):
 
 
 @needs_onednn
+def test_a_user_may_turn_it_off():
+    a, b = normal(0, 4, 3, dtype=torch.float32), normal(1, 3, 5, dtype=torch.float32)
+    assert products._serves(a, b)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not products._serves(a, b)
+
+
+def test_nothing_breaks_a_compiled_graph():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    a, b = normal(0, 4, 3, dtype=torch.float32), normal(1, 3, 5, dtype=torch.float32)
+    found = torch.compile(lambda a, b: matmul(a, b).sin(), backend=backend, fullgraph=True)(a, b)
+    torch.testing.assert_close(found, (a @ b).sin())
+    assert len(graphs) == 1
+
+
+@needs_onednn
 def test_gradients_and_transforms_are_torchs():
     a, b = normal(0, 4, 3, dtype=torch.float32), normal(1, 3, 5, dtype=torch.float32)
     a.requires_grad_()
