@@ -217,9 +217,12 @@ class Op:
 
     def tensors(self) -> list[Tensor]:
         """Return every parameter and buffer of the model that the op reads."""
-        if self.module is not None:
-            return [*self.module.parameters(), *self.module.buffers()]
-        return [read() for read in self.tensor_of.values()]
+        if self.module is None:
+            return [read() for read in self.tensor_of.values()]
+        # What torch's own generators yield, which are slow to start at every call.
+        modules = self.module.modules() if self.module._modules else (self.module,)
+        held = (group for m in modules for group in (m._parameters, m._buffers))
+        return [tensor for group in held for tensor in group.values() if tensor is not None]
 
     def sizes(self, name: str, dims: int) -> tuple[int, ...]:
         """Return the argument `name` (an int or a sequence, as in a stride) as `dims` ints."""

@@ -28,7 +28,7 @@ _MATRIX_ON_GPU_UP_TO = 1 << 21
 _PRODUCT_RATE = 80
 """Multiplications and additions a nanosecond in the products at the frequencies."""
 
-_SLOWER_PRODUCTS = 1.5
+_SLOWER_PRODUCTS = 1.75
 """How much longer they take, beside all else, where MKL fills half of a register (`products`)."""
 
 
