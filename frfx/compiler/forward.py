@@ -11,6 +11,15 @@ from frfx.compiler.tail import Network
 from frfx.compiler.trace import Traced
 
 
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+"""Where torch keeps the hooks of all modules."""
+
+
 def copy_nodes(
     traced: Traced, graph: fx.Graph, known: dict[fx.Node, fx.Node], nodes: Iterable[fx.Node]
 ) -> dict[fx.Node, fx.Node]:
@@ -72,7 +81,7 @@ def is_hooked(call: Callable | None) -> bool:
         or call._backward_hooks
         or call._backward_pre_hooks
         or "forward" in call.__dict__
-        or nn.modules.module._has_any_global_hook()
+        or any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS)
     )
 
 

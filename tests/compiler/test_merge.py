@@ -152,6 +152,19 @@ def test_gradients_are_those_of_the_layers():
     )
 
 
+def test_hooks_of_all_modules_run():
+    model, (x, y) = network((3, 3), 7), batch(2, 2)
+    inverse, seen = frfx.invert(model, "0"), []
+    with torch.no_grad():
+        inverse(x, y)
+        hook = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+        try:
+            inverse(x, y)
+        finally:
+            hook.remove()
+    assert {nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout, nn.Linear} <= set(seen)
+
+
 def test_hooks_of_gradients_run():
     model, (x, y) = network((3, 3), 7).requires_grad_(False), batch(2, 2)
     seen = []
