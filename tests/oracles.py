@@ -86,7 +86,8 @@ def minimal_affine_preimage(
     """Return `x + J+ (y* - f(x))` for an affine f, by NumPy's pseudo-inverse of its Jacobian."""
     x = x.double()
     residual = (target.double() - function(x)).detach().numpy().ravel()
-    step = np.linalg.pinv(jacobian(function, x), rcond=rcond) @ residual
+    cutoff = 1e-15 if rcond is None else rcond  # NumPy's own
+    step = np.linalg.pinv(jacobian(function, x), rcond=cutoff) @ residual
     return x.detach().numpy() + step.reshape(x.shape)
 
 

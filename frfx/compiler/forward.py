@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from frfx.compiler.tail import Network
 from frfx.compiler.trace import Traced
 
-
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
