@@ -73,7 +73,7 @@ def call_of(node: fx.Node, root: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def is_hooked(call: Callable | None) -> bool:
-    """Tell whether hooks, or a forward of its own, change what a module is known to compute."""
+    """Tell whether hooks wait for a module to be called, or it has a forward of its own."""
     return isinstance(call, nn.Module) and bool(
         call._forward_hooks
         or call._forward_pre_hooks

@@ -24,7 +24,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
     Args:
         a: Shape (..., m, k).
-        b: Shape (..., k, n), the same leading dimensions or none, or more than `a` has.
+        b: Shape (..., k, n), with leading dimensions that broadcast with those of `a`.
         out: Contiguous, where it is written to; nothing records it then.
     """
     if a.ndim != b.ndim or not _serves(a, b):
