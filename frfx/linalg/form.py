@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from frfx.linalg.products import onednn_is_faster
+from frfx.linalg.products import has_whole_registers, onednn_is_faster
 
 Form = Literal["matrix", "dft", "fft"]
 
@@ -28,8 +28,16 @@ _MATRIX_ON_GPU_UP_TO = 1 << 21
 _PRODUCT_RATE = 80
 """Multiplications and additions a nanosecond in the products at the frequencies."""
 
-_SLOWER_PRODUCTS = 1.75
-"""How much longer they take, beside all else, where MKL fills half of a register (`products`)."""
+_SLOWER_PRODUCTS = {True: 1.6, False: 1.4}
+"""How much longer they take, beside all else, where MKL fills half of a register: on processors
+that compute with whole ones, and on others (`products`)."""
+
+
+_SHORT = 36
+"""Up to which length transforms are mostly products with matrices, which any length suits."""
+
+_ELSE = 6.0
+"""What an entry costs beside its transforms, as these are counted: the products, mostly."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def choose_form(grid: Grid, groups: int, rows: int, columns: int) -> Form:
     The model counts nanoseconds of a core a sample. What decides is the ratio of its numbers: the
     rate of large and small products, and the time that an entry takes to be transformed or moved.
     """
-    slower = _SLOWER_PRODUCTS if onednn_is_faster() else 1.0
+    slower = _SLOWER_PRODUCTS[has_whole_registers()] if onednn_is_faster() else 1.0
     source, result = math.prod(grid.source), math.prod(grid.result)
     whole = rows * result * columns * source
     entries = source * columns + result * rows
@@ -144,12 +152,20 @@ def _transforms(grid: Grid, rows: int, columns: int) -> float:
 
 def _fast(n: int) -> float:
     """Return what fast transforms of a length cost an entry, there and back."""
-    if n % 16 == 0:
-        return 1.5
+    others = n
     for prime in (2, 3, 5, 7, 11, 13):
-        while n % prime == 0:
-            n //= prime
-    return 2.5 if n == 1 else 6.5
+        while others % prime == 0:
+            others //= prime
+    if others > 1:
+        return 6.5
+    return {1: 3.0, 2: 2.25, 4: 2.0, 8: 2.0}.get(n & -n, 1.5)
+
+
+def fast_length(n: int) -> int:
+    """Return the length, no less than n, for which transforms and products take the least time."""
+    if n <= _SHORT:
+        return n
+    return min(range(n, n + n // 4), key=lambda m: m * (_fast(m) + _ELSE))
 
 
 def choose_form_on_gpu(grid: Grid, groups: int, rows: int, columns: int) -> Form:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from frfx.linalg.form import Grid, chunk
+from frfx.linalg.form import Grid, chunk, fast_length
 from frfx.linalg.operators import Convolution
 from frfx.linalg.pseudo_inverse import Spectrum, singular_values
 
@@ -27,7 +27,8 @@ class Polyphase:
     The operand is cut into blocks of the stride, whose entries become channels (space to depth), so
     that every convolution is one of stride 1. The grid is the smallest on which no window wraps
     around, which for stride 1 without padding is the image itself, as in Eq. 12; with circular
-    padding it is the image, and windows wrap as they do in the convolution.
+    padding it is the image, and windows wrap as they do in the convolution. With other padding,
+    where any grid as large is as good a model, it is one whose sides have fast transforms.
 
     Attributes:
         operator: The convolution.
@@ -84,7 +85,7 @@ class Polyphase:
         ):
             first, last = -before // s, (extent - 1 - before) // s
             sizes.append(max(blocks, out + last) - min(0, first))
-        return tuple(sizes)
+        return tuple(sizes if self.exact else map(fast_length, sizes))
 
     def matrices(self, frequencies: Tensor, scale: float = 1.0) -> Tensor:
         """Return the operator over a scale at frequencies: (G, F, rows, columns), complex.

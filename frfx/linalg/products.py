@@ -17,8 +17,12 @@ from torch import Tensor
 
 from frfx.recording import is_recorded
 
-_WHOLE_REGISTERS = 26
-"""The family of AMD's processors, Zen 5, from which on they are computed with at once."""
+_ENTRIES = {True: 1 << 16, False: 1 << 17}
+"""Entries of the larger matrix, for every thread, from which a call of oneDNN's is worth it, on
+processors that compute with whole registers and on those that do with halves."""
+
+_ZEN_5 = 26
+"""The family of the first processors of AMD's that compute with whole registers."""
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -55,7 +59,7 @@ def _serves(a: Tensor, b: Tensor) -> bool:
         return False
     larger = max(a.shape[-2] * a.shape[-1], b.shape[-2] * b.shape[-1])
     return (
-        larger >= _worth_it_from() * torch.get_num_threads()
+        larger >= _ENTRIES[has_whole_registers()] * torch.get_num_threads()
         and a.shape[:-2] == b.shape[:-2]
         and a.shape[-1] == b.shape[-2]
         and min(a.numel(), b.numel()) > 0
@@ -71,13 +75,6 @@ def _serves(a: Tensor, b: Tensor) -> bool:
 
 
 @functools.cache
-def _worth_it_from() -> int:
-    """Return from how many entries of the larger matrix, a thread, a call of oneDNN's is."""
-    family = re.search(r"family\s*:?\s*(\d+)", _processor(), re.IGNORECASE)
-    return 1 << 16 if family and int(family[1]) >= _WHOLE_REGISTERS else 1 << 17
-
-
-@functools.cache
 def onednn_is_faster() -> bool:
     """Tell whether oneDNN has wider registers than MKL on this processor."""
     return (
@@ -89,10 +86,17 @@ def onednn_is_faster() -> bool:
     )
 
 
+@functools.cache
+def has_whole_registers() -> bool:
+    """Tell whether this is a processor of AMD's that computes with a whole register at once."""
+    family = re.search(r"family\s*:?\s*(\d+)", _processor(), re.IGNORECASE)
+    return family is not None and int(family[1]) >= _ZEN_5
+
+
 def _processor() -> str:
     """Return what the system says of the processor."""
     known = Path("/proc/cpuinfo")
     return known.read_text(errors="replace") if known.exists() else platform.processor()
 
 
-__all__ = ["addmm", "matmul", "onednn_is_faster"]
+__all__ = ["addmm", "has_whole_registers", "matmul", "onednn_is_faster"]

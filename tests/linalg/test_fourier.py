@@ -15,6 +15,7 @@ from oracles import normal, relative
 from frfx.linalg import form as form_module
 from frfx.linalg import fourier
 from frfx.linalg.backend import Backend, Namespace, torch_backend
+from frfx.linalg.form import fast_length
 from frfx.linalg.fourier import FourierMap, Grid, choose_form
 
 seeds = st.integers(0, 2**31)
@@ -289,3 +290,20 @@ def test_the_form_suits_the_sizes(size, groups, rows, columns):
         assert form == "fft"  # products with large matrices of cosines are no match
     if math.prod(size) == 1 and entries <= 1 << 24:
         assert form == "matrix"  # nothing to transform
+
+
+@given(n=st.integers(1, 2000))
+def test_fast_lengths_have_small_factors(n):
+    length = fast_length(n)
+    assert n <= length < n + max(n / 4, 1)
+    assert length == n or n > 36  # products with matrices suit any length
+    if n > 36:
+        for prime in (2, 3, 5, 7, 11, 13):
+            while length % prime == 0:
+                length //= prime
+        assert length == 1
+
+
+def test_images_of_common_sizes_get_grids_that_transform_fast():
+    padded = {size: fast_length(size + 2) for size in (14, 28, 56, 112, 224)}
+    assert padded == {14: 16, 28: 30, 56: 60, 112: 120, 224: 240}

@@ -12,7 +12,7 @@ from oracles import normal, relative
 from torch import Tensor
 
 from frfx.linalg import products
-from frfx.linalg.products import _worth_it_from, matmul, onednn_is_faster
+from frfx.linalg.products import has_whole_registers, matmul, onednn_is_faster
 
 needs_onednn = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -23,7 +23,7 @@ needs_onednn = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _as_if_it_were_faster(monkeypatch):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(products, "_worth_it_from", lambda: 1)
+    monkeypatch.setattr(products, "_ENTRIES", {True: 1, False: 1})
 
 
 class Counter:
@@ -150,14 +150,14 @@ def test_mkl_keeps_what_it_is_made_for(vendor, capability, faster):
 
 
 @pytest.mark.parametrize(
-    ("says", "entries"),
+    ("says", "whole"),
     [
-        ("cpu family\t: 26\nmodel\t\t: 2", 1 << 16),
-        ("cpu family\t: 25\nmodel\t\t: 17", 1 << 17),
-        ("AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", 1 << 16),
-        ("", 1 << 17),
+        ("cpu family\t: 26\nmodel\t\t: 2", True),
+        ("cpu family\t: 25\nmodel\t\t: 17", False),
+        ("AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", True),
+        ("", False),
     ],
 )
-def test_whole_registers_are_worth_it_sooner(says, entries):
+def test_processors_with_whole_registers_are_known_by_their_family(says, whole):
     with patch.object(products, "_processor", lambda: says):
-        assert _worth_it_from.__wrapped__() == entries
+        assert has_whole_registers.__wrapped__() is whole
