@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from frfx.linalg.autocorrelation import Autocorrelation, Side, differences
 from frfx.linalg.form import Grid, chunk, fast_length
 from frfx.linalg.operators import Convolution
-from frfx.linalg.pseudo_inverse import Spectrum, singular_values
+from frfx.linalg.pseudo_inverse import Spectrum, gram_matrix, nbytes, singular_values
 
 _SAMPLED_WORK = 1 << 30
 """Multiplications that the spectrum of a large model may cost."""
@@ -90,22 +90,59 @@ class Polyphase:
     def matrices(self, frequencies: Tensor, scale: float = 1.0) -> Tensor:
         """Return the operator over a scale at frequencies: (G, F, rows, columns), complex.
 
-        `z^(u) = sum_m K[m] exp(2 pi i u m) x^(u)` over the taps m: Eq. 12, where the flip of Eq. 10
-        and the padding on the left are the same shift of the result.
+        `z^(u) = sum_m K[m] exp(2 pi i u m) x^(u)` over the shifts m: Eq. 12, where the flip of
+        Eq. 10 and the padding on the left are the same shift of the result.
         """
         angle = self._angles(frequencies)
-        cosine, sine = ((wave / scale).to(self.dtype) for wave in (angle.cos(), angle.sin()))
-        shape = (len(frequencies), self.groups, self.rows, -1)
-        parts = []
-        for taps, kernel in self._by_phase:
-            real, imaginary = cosine[:, taps] @ kernel, sine[:, taps] @ kernel
-            parts.append(torch.complex(real, imaginary).view(shape))
-        values = parts[0] if len(parts) == 1 else torch.stack(parts, -1).flatten(-2)
-        return values.transpose(0, 1)
+        real, imaginary = (
+            (wave / scale).to(self.dtype) @ self.taps.flatten(1)
+            for wave in (angle.cos(), angle.sin())
+        )
+        shape = (len(frequencies), *self.taps.shape[1:])
+        return torch.complex(real, imaginary).view(shape).transpose(0, 1)
+
+    def gram(self, frequencies: Tensor, side: Side, scale: float = 1.0) -> Tensor:
+        """Return the Gram matrices of the operator over a scale at frequencies.
+
+        Args:
+            frequencies: Shape (F, dims).
+            side: `A A^H` of the rows, or `A^H A` of the columns.
+            scale: What the operator is divided by.
+
+        Returns:
+            Shape (G, F, rows, rows) or (G, F, columns, columns), complex.
+        """
+        if self._correlates(side):
+            return self._autocorrelation(side).gram(frequencies, (self._peak / scale) ** 2)
+        matrices = self.matrices(frequencies, scale)
+        return gram_matrix(matrices if side == "rows" else matrices.mH)
+
+    def _correlates(self, side: Side) -> bool:
+        """Tell whether the Gram matrices of all frequencies take less by the autocorrelation."""
+        frequencies = math.prod(Grid(self.grid, self.grid, self.grid).half)
+        shifts, other = len(self.shifts), self.columns if side == "rows" else self.rows
+        if shifts >= 2 * other:  # there are no fewer lags
+            return False
+        lags = len(differences(self.shifts)[0])
+        return other * shifts**2 / 2 + lags * frequencies < 4 * other * frequencies
+
+    def _autocorrelation(self, side: Side) -> Autocorrelation:
+        if side not in self._autocorrelations:
+            taps = self.taps / self._peak  # whose squares are within the range
+            self._autocorrelations[side] = Autocorrelation.of(self.shifts, taps, side)
+        return self._autocorrelations[side]
 
     @functools.cached_property
-    def _taps(self) -> tuple[Tensor, Tensor]:
-        """The shift of every tap of the kernel in blocks, (T, dims), and its phase in one, (T,)."""
+    def _autocorrelations(self) -> dict[Side, Autocorrelation]:
+        return {}
+
+    @functools.cached_property
+    def _peak(self) -> float:
+        return float(self.operator.kernel.abs().amax()) or 1.0
+
+    @functools.cached_property
+    def _offsets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """How far the kernel's entries reach: shifts in blocks, each entry's shift and phase."""
         op = self.operator
         shifts, phases = [], []
         for tap in itertools.product(*map(range, op.kernel.shape[2:])):
@@ -119,35 +156,39 @@ class Polyphase:
                 phase = phase * s + m % s
             phases.append(phase)
         device = op.kernel.device
-        return (
-            torch.tensor(shifts, dtype=torch.float64, device=device),
-            torch.tensor(phases, device=device),
-        )
+        different, which = torch.tensor(shifts, device=device).unique(dim=0, return_inverse=True)
+        return different, which, torch.tensor(phases, device=device)
+
+    @property
+    def shifts(self) -> Tensor:
+        """The shifts m of the kernel's taps, in blocks: (M, dims)."""
+        return self._offsets[0]
 
     @functools.cached_property
-    def _by_tap(self) -> Tensor:
-        """The kernel as a matrix, a row a tap."""
-        return self.operator.kernel.to(self.dtype).flatten(2).flatten(0, 1).T.contiguous()
-
-    @functools.cached_property
-    def _by_phase(self) -> list[tuple[Tensor, Tensor]]:
-        """The taps of every phase, and their rows of the kernel."""
-        phases = range(math.prod(self.operator.stride))
-        if len(phases) == 1:  # as they are
-            return [(torch.arange(len(self._by_tap), device=self._by_tap.device), self._by_tap)]
-        found = [(self._taps[1] == phase).nonzero().flatten() for phase in phases]
-        return [(taps, self._by_tap[taps]) for taps in found]
+    def taps(self) -> Tensor:
+        """The kernel's taps K[m]: (M, G, rows, columns), zero where a block has no entry."""
+        shifts, which, phases = self._offsets
+        kernel = self.operator.kernel.to(self.dtype).flatten(2).movedim(2, 0)  # (T, out, in)
+        taps = kernel.new_zeros(len(shifts), *kernel.shape[1:], math.prod(self.operator.stride))
+        taps[which, ..., phases] = kernel
+        return taps.view(len(shifts), self.groups, self.rows, self.columns)
 
     def _angles(self, frequencies: Tensor) -> Tensor:
-        shifts, _ = self._taps
-        return 2 * math.pi * (frequencies.to(shifts.device) @ shifts.T)
+        return 2 * math.pi * (frequencies.to(self.shifts.device) @ self.shifts.double().T)
 
     def squared_norms(self, frequencies: Tensor) -> Tensor:
         """Return the squared Frobenius norm of the operator at frequencies, shape (F,)."""
-        angle, phases = self._angles(frequencies), self._taps[1]
-        products = torch.where(phases[:, None] == phases, self._by_tap @ self._by_tap.T, 0)
+        angle, taps = self._angles(frequencies), self.taps.flatten(1)
+        products = taps @ taps.T
         cosine, sine = angle.cos(), angle.sin()
         return ((cosine @ products) * cosine + (sine @ products) * sine).sum(1)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it holds for itself, in bytes."""
+        taps = self.__dict__.get("taps")
+        correlated = self._autocorrelations.values()
+        return sum(each.nbytes for each in correlated) + (0 if taps is None else nbytes(taps))
 
     def to_blocks(self, x: Tensor) -> Tensor:
         """Return the operand in blocks: (N, C, *size) -> (N, G, columns, *blocks)."""
@@ -198,14 +239,16 @@ class Polyphase:
             largest = torch.topk(norms, few // 2).indices.to(frequencies.device)
             spread = torch.linspace(0, len(frequencies) - 1, few // 2, device=frequencies.device)
             frequencies = frequencies[torch.cat([largest, spread.long()]).unique()]
-        scale = float(self.operator.kernel.abs().amax()) or 1.0  # the squares are within the range
-        values = [singular_values(matrices) for matrices in self._chunks(frequencies, scale)]
-        top = scale * max(float(v.amax()) for v in values)
-        bottom = scale * min(float(v.amin()) for v in values)
+        most = max(1, chunk(self.operator.kernel.device) // (self.groups * rows * columns))
+        values = [self._singular_values(part) for part in frequencies.split(most)]
+        top = self._peak * max(float(v.amax()) for v in values)
+        bottom = self._peak * min(float(v.amin()) for v in values)
         return Spectrum(top, bottom, deficient=False).cut_off(rcond)
 
-    def _chunks(self, frequencies: Tensor, scale: float) -> Iterator[Tensor]:
-        """Yield the matrices at frequencies, a bounded number at a time."""
-        entries = self.groups * self.rows * self.columns
-        for part in frequencies.split(max(1, chunk(self.operator.kernel.device) // entries)):
-            yield self.matrices(part, scale)
+    def _singular_values(self, frequencies: Tensor) -> Tensor:
+        """Return those at frequencies, over the kernel's largest entry."""
+        short: Side = "rows" if self.rows <= self.columns else "columns"
+        return singular_values(
+            self.matrices(frequencies, self._peak),
+            functools.partial(self.gram, frequencies, short, self._peak),
+        )

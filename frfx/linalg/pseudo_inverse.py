@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -131,7 +130,6 @@ def pseudo_inverse(
     rcond: float,
     damping: float = 0.0,
     scale: float | None = None,
-    gram: Literal["rows", "columns"] | None = None,
 ) -> tuple[Tensor, Spectrum]:
     """Invert a batch of matrices that together make up one operator.
 
@@ -147,57 +145,33 @@ def pseudo_inverse(
         damping: Tikhonov's parameter relative to s^2.
         scale: s, if the batch is a part of an operator whose spectrum is known; what the second
             result says of the part may then be missing. None for the largest of the batch.
-        gram: Invert the damped Gram matrix of the rows, `A A^H`, or of the columns, `A^H A`,
-            instead.
 
     Returns:
-        The inverses, shape (..., n, m), or (..., m, m) and (..., n, n) of a Gram matrix, and the
-        singular values in short.
+        The inverses, shape (..., n, m), and the singular values in short.
     """
     rcond = effective_rcond(rcond, damping)
     rows, columns = matrices.shape[-2:]
-    side = gram or ("rows" if rows <= columns else "columns")
-    if exact and gram is None:
+    if exact:
         return _by_svd(matrices, rcond, damping, scale)
-    adjoint = matrices.mH
-    product = gram_matrix(matrices if side == "rows" else adjoint)
+    adjoint, wide = matrices.mH, rows <= columns
+    product = gram_matrix(matrices if wide else adjoint)
     inverse, spectrum = inverse_gram(product, rcond, damping, scale)
-    if gram is not None:
-        return inverse, spectrum
-    return (adjoint @ inverse if side == "rows" else inverse @ adjoint), spectrum
+    return (adjoint @ inverse if wide else inverse @ adjoint), spectrum
 
 
-def solve_damped(
-    matrices: Tensor,
-    right: Tensor,
-    *,
-    damping: float,
-    gram: Literal["rows", "columns"] | None = None,
-) -> Tensor:
-    """Apply what `pseudo_inverse` makes of damped matrices, at scale 1, without making it.
+def solve_damped(product: Tensor, right: Tensor, damping: float) -> Tensor:
+    """Apply the inverse of damped Gram matrices, without making it.
 
     For what is applied once: a Cholesky decomposition and two substitutions a system.
 
     Args:
-        matrices: Shape (..., m, n).
-        right: Shape (..., m, N); (..., n, N) where the Gram matrix of the columns is inverted.
-        damping: Tikhonov's parameter, well above the rounding of the Gram matrix.
-        gram: See `pseudo_inverse`.
-
-    Returns:
-        Shape (..., n, N), or that of `right` where a Gram matrix is inverted.
+        product: Shape (..., m, m), positive semidefinite; it is written over.
+        right: Shape (..., m, N).
+        damping: What is added to the diagonal, well above the rounding.
     """
-    rows, columns = matrices.shape[-2:]
-    side = gram or ("rows" if rows <= columns else "columns")
-    adjoint = matrices.mH
-    product = gram_matrix(matrices if side == "rows" else adjoint)
     product.diagonal(dim1=-2, dim2=-1).add_(damping)
     triangle, _ = torch.linalg.cholesky_ex(product)
-    if gram is not None:
-        return torch.cholesky_solve(right, triangle)
-    if side == "rows":
-        return adjoint @ torch.cholesky_solve(right, triangle)
-    return torch.cholesky_solve(adjoint @ right, triangle)
+    return torch.cholesky_solve(right, triangle)
 
 
 def pseudo_inverses(matrices: Tensor, rcond: float | None = None, damping: float = 0.0) -> Tensor:
@@ -282,16 +256,23 @@ def largest_singular_value(matrix: Tensor) -> float:
     return float(torch.linalg.svdvals(bidiagonal).amax())
 
 
-def singular_values(matrices: Tensor) -> Tensor:
+def singular_values(matrices: Tensor, gram: Callable[[], Tensor] | None = None) -> Tensor:
     """Return the singular values of a batch, shape (..., min(m, n)).
 
     Through the Gram matrices of the short side, much faster and exact above 1e-7 of the largest,
     but for the smallest problems.
+
+    Args:
+        matrices: Shape (..., m, n).
+        gram: Makes these Gram matrices, if there is a faster way than their products.
     """
     rows, columns = matrices.shape[-2:]
     if matrices.numel() * min(rows, columns) <= _EXACT_WORK:
         return torch.linalg.svdvals(matrices)
-    product = gram_matrix(matrices if rows <= columns else matrices.mH)
+    if gram is not None:
+        product = gram()
+    else:
+        product = gram_matrix(matrices if rows <= columns else matrices.mH)
     return torch.linalg.eigvalsh(product).clamp(min=0).sqrt()
 
 

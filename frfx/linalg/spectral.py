@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from frfx.linalg.autocorrelation import Side
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.fourier import FourierMap, Grid
 from frfx.linalg.operators import Convolution, Transposed
@@ -18,6 +18,7 @@ from frfx.linalg.pseudo_inverse import (
     Spectrum,
     default_rcond,
     effective_rcond,
+    inverse_gram,
     pseudo_inverse,
     solve_damped,
     solve_dtype,
@@ -55,7 +56,7 @@ class SpectralFactor(Factor):
         *,
         cutoff: float,
         damping: float,
-        gram: Literal["rows", "columns"] | None = None,
+        gram: Side | None = None,
         memory: float = FACTOR_MEMORY,
         spectrum: Spectrum | None = None,
         backend: Backend = torch_backend,
@@ -76,6 +77,7 @@ class SpectralFactor(Factor):
         # The map takes residuals to deviations, or one of the two to itself.
         sizes = {None: (outer, inner), "rows": (outer, outer), "columns": (inner, inner)}[gram]
         channels = {None: (columns, rows), "rows": (rows, rows), "columns": (columns, columns)}
+        self._short = gram or ("rows" if rows <= columns else "columns")
         self._source_in_blocks = transposed if gram != "columns" else not transposed
         self._result_in_blocks = transposed if gram == "rows" else not transposed
         grid = Grid(model.grid, *sizes)
@@ -98,26 +100,44 @@ class SpectralFactor(Factor):
             apply=self._apply_inverse if damping >= _SINGLE_DAMPING else None,
             backend=backend,
         )
+        if not self.map.streams:
+            self.model = replace(model)  # without what its matrices were made of
 
     def _matrices(self, frequencies: Tensor) -> Tensor:
         """Return the operator at frequencies, scaled."""
         matrices = self.model.matrices(frequencies, self._scale)
         return matrices.mH if self._transposed else matrices
 
+    def _products(self, frequencies: Tensor) -> Tensor:
+        """Return its Gram matrices, of the short side or of the one that is asked for."""
+        side: Side = "rows" if (self._short == "rows") != self._transposed else "columns"
+        return self.model.gram(frequencies, side, self._scale)
+
     def _apply_inverse(self, frequencies: Tensor, right: Tensor) -> Tensor:
-        matrices = self._matrices(frequencies)
-        solution = solve_damped(matrices, right, damping=self._damping, gram=self._gram)
+        product, around = self._products(frequencies), self._gram is None
+        if around and self._short == "columns":
+            right = self._matrices(frequencies).mH @ right
+        solution = solve_damped(product, right, self._damping)
+        if around and self._short == "rows":
+            solution = self._matrices(frequencies).mH @ solution
         return solution / self._unscale
 
     def _inverse(self, frequencies: Tensor) -> Tensor:
-        inverse, _ = pseudo_inverse(
-            self._matrices(frequencies),
-            exact=self.dtype == torch.float64,
-            rcond=self._cutoff,
-            damping=self._damping,
-            scale=1.0,
-            gram=self._gram,
-        )
+        if self._gram is None and self.dtype == torch.float64:
+            inverse, _ = pseudo_inverse(
+                self._matrices(frequencies),
+                exact=True,
+                rcond=self._cutoff,
+                damping=self._damping,
+                scale=1.0,
+            )
+        else:
+            product = self._products(frequencies)
+            inverse, _ = inverse_gram(product, self._cutoff, self._damping, scale=1.0)
+            if self._gram is None:
+                adjoint = self._matrices(frequencies).mH
+                wide = self._short == "rows"
+                inverse = adjoint @ inverse if wide else inverse @ adjoint
         # Of complex numbers themselves, division by a real one is several times slower.
         torch.view_as_real(inverse).div_(self._unscale)
         return inverse
@@ -147,7 +167,7 @@ class SpectralFactor(Factor):
     @property
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes."""
-        return self.map.nbytes
+        return self.map.nbytes + self.model.nbytes
 
 
 @dataclass(frozen=True)
