@@ -52,13 +52,12 @@ class Autocorrelation:
             ahead, behind = (which == number).nonzero(as_tuple=True)
             left, right = (taps[i].movedim(0, -2).flatten(-2) for i in (ahead, behind))
             sums.append(matmul(left, right.mT))
-        both = torch.stack(sums)
-        turned = both.mT.clone()
-        turned[0] = 0  # of itself there is one
-        sign = 1 if side == "rows" else -1  # A^H A has K[m]^T K[m + d]
-        odd = sign * (both - turned)
-        odd[0] = 0
-        return cls(lags[len(lags) // 2 :], both + turned, odd)
+        even = torch.stack(sums)
+        turned = even.mT.clone()
+        turned[0] = even[0]
+        odd = even - turned if side == "rows" else turned - even  # A^H A has K[m]^T K[m + d]
+        turned[0] = 0  # of 0 there is one
+        return cls(lags[len(lags) // 2 :], even.add_(turned), odd)
 
     def gram(self, frequencies: Tensor, scale: float) -> Tensor:
         """Return the Gram matrices at frequencies (F, dims), times a scale: (G, F, n, n)."""

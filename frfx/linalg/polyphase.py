@@ -112,12 +112,17 @@ class Polyphase:
         Returns:
             Shape (G, F, rows, rows) or (G, F, columns, columns), complex.
         """
-        if self._correlates(side):
-            return self._autocorrelation(side).gram(frequencies, (self._peak / scale) ** 2)
+        if side not in self._autocorrelations:
+            taps = self.taps / self._peak  # whose squares are within the range
+            known = Autocorrelation.of(self.shifts, taps, side) if self.correlates(side) else None
+            self._autocorrelations[side] = known
+        autocorrelation = self._autocorrelations[side]
+        if autocorrelation is not None:
+            return autocorrelation.gram(frequencies, (self._peak / scale) ** 2)
         matrices = self.matrices(frequencies, scale)
         return gram_matrix(matrices if side == "rows" else matrices.mH)
 
-    def _correlates(self, side: Side) -> bool:
+    def correlates(self, side: Side) -> bool:
         """Tell whether the Gram matrices of all frequencies take less by the autocorrelation."""
         frequencies = math.prod(Grid(self.grid, self.grid, self.grid).half)
         shifts, other = len(self.shifts), self.columns if side == "rows" else self.rows
@@ -126,14 +131,9 @@ class Polyphase:
         lags = len(differences(self.shifts)[0])
         return other * shifts**2 / 2 + lags * frequencies < 4 * other * frequencies
 
-    def _autocorrelation(self, side: Side) -> Autocorrelation:
-        if side not in self._autocorrelations:
-            taps = self.taps / self._peak  # whose squares are within the range
-            self._autocorrelations[side] = Autocorrelation.of(self.shifts, taps, side)
-        return self._autocorrelations[side]
-
     @functools.cached_property
-    def _autocorrelations(self) -> dict[Side, Autocorrelation]:
+    def _autocorrelations(self) -> dict[Side, Autocorrelation | None]:
+        """Those of either side that have been asked for; None where products take less."""
         return {}
 
     @functools.cached_property
@@ -187,8 +187,8 @@ class Polyphase:
     def nbytes(self) -> int:
         """The memory that it holds for itself, in bytes."""
         taps = self.__dict__.get("taps")
-        correlated = self._autocorrelations.values()
-        return sum(each.nbytes for each in correlated) + (0 if taps is None else nbytes(taps))
+        known = filter(None, self._autocorrelations.values())
+        return sum(each.nbytes for each in known) + (0 if taps is None else nbytes(taps))
 
     def to_blocks(self, x: Tensor) -> Tensor:
         """Return the operand in blocks: (N, C, *size) -> (N, G, columns, *blocks)."""

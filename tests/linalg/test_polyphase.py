@@ -83,7 +83,7 @@ def test_gram_matrices_by_the_autocorrelation_are_products(operator, side, scale
 def test_many_channels_take_the_autocorrelation(dtype, tolerance, stride, side):
     operator = Convolution(normal(0, 40, 40, 3, 3), (24, 24), (stride,) * 2, ((1, 1),) * 2)
     model = Polyphase(operator, dtype)
-    assert model._correlates(side)
+    assert model.correlates(side)
     frequencies = Grid(model.grid, model.grid, model.grid).frequencies()
     matrices = Polyphase(operator).matrices(frequencies)
     expected = matrices @ matrices.mH if side == "rows" else matrices.mH @ matrices
@@ -101,7 +101,7 @@ def test_where_it_would_take_more_it_is_not_taken(channels, window, size):
     operator = Convolution(normal(0, *channels, window, window), (size, size))
     model = Polyphase(operator)
     short = "rows" if model.rows <= model.columns else "columns"
-    assert not model._correlates("rows" if channels == (10, 3) else short)
+    assert not model.correlates("rows" if channels == (10, 3) else short)
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200])
@@ -110,7 +110,7 @@ def test_squares_of_taps_stay_within_the_range(scale):
     model = Polyphase(operator)
     scaled = Polyphase(replace(operator, kernel=scale * operator.kernel))
     frequencies = all_frequencies(model)[:5]
-    assert scaled._correlates("rows")
+    assert scaled.correlates("rows")
     found, expected = scaled.gram(frequencies, "rows", scale), model.gram(frequencies, "rows")
     assert relative(as_real(found), as_real(expected)) < 1e-12
 
