@@ -389,13 +389,11 @@ class FourierMap:
 
 def _multiply_add(x: Tensor, matrices: Tensor) -> Tensor:
     """Multiply (N, G, c, F) by (G, F, c', c) for every frequency, channel by channel."""
-    rows = []
-    for row in matrices.unbind(2):
-        total = x[:, :, 0] * row[..., 0]
-        for i in range(1, x.shape[2]):
-            total.addcmul_(x[:, :, i], row[..., i])
-        rows.append(total)
-    return torch.stack(rows, 2)
+    by_entry = matrices.permute(0, 2, 3, 1)  # as they lie in memory
+    total = x[:, :, None, 0] * by_entry[:, :, 0]
+    for i in range(1, x.shape[2]):
+        total.addcmul_(x[:, :, None, i], by_entry[:, :, i])
+    return total
 
 
 def _times(matrices: Any, x: Any) -> Any:
