@@ -69,7 +69,7 @@ class Pooling(nn.Module):
         self._calls = (convolution, activation, pool)  # in a tuple: they are modules of the model
         self._rows = rows
         self._geometry, self._dims = geometry(op), spatial_dims(op)
-        self._windows = _windows(op)
+        self._windows = windows(op)
         self._ceil = bool(op.arguments["ceil_mode"])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Pooling(nn.Module):
         return self._geometry(size, tuple(counts))
 
 
-def _windows(op: Op) -> tuple[tuple[int, ...], ...]:
+def windows(op: Op) -> tuple[tuple[int, ...], ...]:
     """Return kernel size, stride, padding and dilation along every dimension."""
     names = ("kernel_size", "stride", "padding", "dilation")
     return tuple(zip(*(_sizes(op, name, spatial_dims(op)) for name in names), strict=True))
@@ -122,7 +122,7 @@ def _windows(op: Op) -> tuple[tuple[int, ...], ...]:
 
 def _rows_of(op: Op) -> int:
     """Return how many rows a window reads that no other window reads; 1 if it is not as simple."""
-    kernel, *others = _windows(op)[0]
+    kernel, *others = windows(op)[0]
     simple = spatial_dims(op) == 2 and others == [kernel, 0, 1] and not op.arguments["ceil_mode"]
     return kernel if simple else 1
 
@@ -177,4 +177,4 @@ def _is_increasing(node: fx.Node, traced: Traced, live: set[fx.Node]) -> bool:
     return op.type in _INCREASING and set(op.inputs) == {"input"} and not op.computed
 
 
-__all__ = ["Pooling", "pool_first"]
+__all__ = ["Pooling", "pool_first", "windows"]

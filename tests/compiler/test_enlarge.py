@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import frfx
-from frfx.compiler.merge import Apart, Maps
+from frfx.compiler.enlarge import Apart, Maps
 from frfx.linalg.dense import GramFactor
 from frfx.rules.base import AffineInversion
 from frfx.rules.linear import LinearRule

@@ -1,0 +1,156 @@
+"""An increasing activation and the max pooling behind it, in the other order, there and back.
+
+They commute: what is largest in a window before the activation is so behind it. So the activation
+is computed, and inverted, of one entry a window: of a quarter of them where windows are 2x2.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from frfx import vocabulary
+from frfx.compiler.forward import call_of
+from frfx.compiler.pooling import Pooling, windows
+from frfx.compiler.stage import Shorter, Stage, Walk
+from frfx.recording import is_recorded
+from frfx.rules.activation import ElementwiseInversion
+from frfx.rules.base import Inversion
+from frfx.rules.max_pool import CopyToWindow, MinimalMaxUnpool
+from frfx.rules.where import where
+
+_STRICTLY_INCREASING = frozenset(
+    {
+        vocabulary.tanh,
+        vocabulary.sigmoid,
+        vocabulary.selu,
+        vocabulary.softsign,
+        vocabulary.atan,
+        vocabulary.asinh,
+        vocabulary.sinh,
+        vocabulary.logsigmoid,
+    }
+)
+"""Functions of single entries that are injective and increase, whatever their arguments."""
+
+Parts = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class SwappedForward(Pooling):
+    """What is pooled of the activation, and what the inversion reads beside it.
+
+    That is what is pooled before the activation; or where the model's own calls run in their order,
+    the activation, all of it.
+    """
+
+    def forward(self, x: Tensor) -> Parts:  # type: ignore[override]
+        """Return the pooled activation, and either of the two; None for the other."""
+        _, activation, pool = self._calls
+        assert activation is not None
+        if not self._commutes(x):
+            activated = activation(x)
+            return pool(activated), None, activated
+        pooled = self._pooled(x, None)
+        return activation(pooled), pooled, None
+
+
+class SwappedInversion(Inversion):
+    """Inverts the activation of what is pooled, then pooling: in turn it would be the other way.
+
+    The answer is the same to rounding. Only of entries that the activation rounds to one value,
+    pooling raises the first in turn, and the largest here.
+
+    Args:
+        pool: The inversion of pooling.
+        activation: That of the activation.
+        call: Calls the activation.
+    """
+
+    def __init__(
+        self,
+        pool: CopyToWindow | MinimalMaxUnpool,
+        activation: ElementwiseInversion,
+        call: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self._parts, self._call = (pool, activation), (call,)  # in tuples: registered elsewhere
+
+    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor | None) -> Tensor:
+        x, pooled, activated = inputs
+        assert x is not None
+        pool, activation = self._parts
+        if pooled is not None and not is_recorded(target, output, x):
+            answer = activation(target, output, pooled)
+            if type(pool) is CopyToWindow and self._at_an_end(target):
+                return self._between(target, answer, pooled, x)
+            return pool(answer, pooled, x)
+        if activated is None:
+            (call,) = self._call  # not the hooks again, which only look
+            activated = (call.forward if isinstance(call, nn.Module) else call)(x)
+        return activation(pool(target, output, activated), activated, x)
+
+    def _at_an_end(self, target: Tensor) -> bool:
+        """Tell whether a target is at an end of the range: it has more preimages than one."""
+        low, high = self._parts[1].limits
+        return not low < float(target.amin()) <= float(target.amax()) < high
+
+    def _between(self, target: Tensor, answer: Tensor, pooled: Tensor, x: Tensor) -> Tensor:
+        """Return the entries nearest to the forward ones between the ends of their preimages."""
+        pool, activation = self._parts
+        most = torch.full_like(answer, torch.finfo(answer.dtype).max)
+        low, high = activation.limits
+        ends = answer.new_tensor([low, high])
+        least, largest = activation.function.nearest(ends, ends, **activation.arguments).tolist()
+        floor = where(target <= low, -most, answer.clamp(max=largest))
+        ceiling = where(target >= high, most, answer.clamp(min=least))
+        return x.clamp(pool(floor, pooled, x), pool(ceiling, pooled, x))
+
+
+def find(walk: Walk, stage: Stage) -> tuple[Stage, Stage] | None:
+    """Return the stages of pooling and of the activation in front, if this is one of the latter."""
+    op, pool = stage.step.op, walk.before(stage)
+    if pool is None or pool.step.node is None or stage.step.node is None:
+        return None
+    unpool = type(walk.inversion(pool))
+    own = unpool in (CopyToWindow, MinimalMaxUnpool) and pool.step.op.type is vocabulary.max_pool
+    own = own and type(walk.inversion(stage)) is ElementwiseInversion
+    increases = op.type in _STRICTLY_INCREASING and set(op.inputs) == {"input"} and not op.computed
+    if not (own and increases and walk.answers(stage)):
+        return None
+    apart = all(d * (k - 1) < s for k, s, _, d in windows(pool.step.op))
+    if unpool is MinimalMaxUnpool and not apart:
+        return None  # windows that share entries make up for one another, by how far they are off
+    behind = walk.copies[pool.step.node]
+    readers = {behind, walk.nodes[pool.results[0]], walk.nodes[stage.results[0]]}
+    return (pool, stage) if set(walk.copies[stage.step.node].users) == readers else None
+
+
+def write(chain: Sequence[Stage], walk: Walk, shorter: Shorter) -> None:
+    """Swap the two that have been found."""
+    pool, stage = chain
+    assert pool.step.node is not None
+    assert stage.step.node is not None
+    call = call_of(stage.step.node, walk.root)
+    op = pool.step.op
+    forward = SwappedForward(op, call_of(pool.step.node, walk.root), call)
+    x, y = (shorter.copy(walk.copies[n]) for n in (stage.step.inputs[0], pool.step.node))
+    with shorter.graph.inserting_before(y):
+        both = shorter.graph.call_module(shorter.add_forward(op.name, forward), (x,))
+        output, pooled, activated = (
+            shorter.graph.call_function(operator.getitem, (both, i)) for i in range(3)
+        )
+    y.replace_all_uses_with(output)
+    unpool, activation = walk.inversion(pool), walk.inversion(stage)
+    assert isinstance(unpool, CopyToWindow | MinimalMaxUnpool)
+    assert isinstance(activation, ElementwiseInversion)
+    target = shorter.copy(walk.nodes[pool.results[0]]).args[0]
+    shorter.replace(
+        walk.nodes[stage.results[0]], f"{op.name}_swapped",
+        SwappedInversion(unpool, activation, call), target, output, x, pooled, activated,
+    )  # fmt: skip
+
+
+__all__ = ["SwappedForward", "SwappedInversion", "find", "write"]
