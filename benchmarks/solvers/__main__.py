@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from solvers import layers, networks, steps
+from solvers import large, layers, networks, steps
 from solvers.floors import Rates
 from solvers.stopwatch import Stopwatch
 
@@ -58,6 +58,9 @@ def main(
     seconds: Annotated[float, typer.Option(help="Time for every figure of a layer.")] = 0.5,
     threads: Annotated[int, typer.Option(help="Of the CPU; 0 leaves them.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or all that there are.")] = "all",
+    memory: Annotated[
+        bool, typer.Option(help="VGG-16 at 224x224 alone: two minutes, 8 GiB.")
+    ] = False,
 ) -> None:
     """Measure."""
     if threads:
@@ -69,7 +72,10 @@ def main(
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
-    for name in there if device == "all" else [device]:
+    if memory:
+        there, record["memory"] = [], [large.measure_apart()]
+        show("memory on cpu", record["memory"])
+    for name in there if device == "all" or memory else [device]:
         watch = Stopwatch(torch.device(name), seconds)
         chosen = [layer for layer in layers.LAYERS if layer.quick or not quick]
         tables: dict[str, list[dict[str, Any]]] = {}
@@ -84,8 +90,8 @@ def main(
             record["rates"] = vars(rates)
             tables["layers"] = [layers.on_gpu(layer, watch, rates) for layer in chosen]
             tables["steps"] = list(steps.measure(watch))
-        large = [case for case in cases if not case.small and not quick]
-        tables["networks"] += [row for case in large for row in run(case, watch)]
+        others = [case for case in cases if not case.small and not quick]
+        tables["networks"] += [row for case in others for row in run(case, watch)]
         for title, rows in tables.items():
             show(f"{title} on {name}", rows)
         record[name] = tables
