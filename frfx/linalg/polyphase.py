@@ -93,21 +93,21 @@ class Polyphase:
         `z^(u) = sum_m K[m] exp(2 pi i u m) x^(u)` over the shifts m: Eq. 12, where the flip of
         Eq. 10 and the padding on the left are the same shift of the result.
         """
-        angle = self._angles(frequencies)
-        real, imaginary = (
-            (wave / scale).to(self.dtype) @ self.taps.flatten(1)
-            for wave in (angle.cos(), angle.sin())
-        )
+        angle, taps = self._angles(frequencies), self.taps.flatten(1) / scale
+        real, imaginary = (wave.to(self.dtype) @ taps for wave in (angle.cos(), angle.sin()))
         shape = (len(frequencies), *self.taps.shape[1:])
         return torch.complex(real, imaginary).view(shape).transpose(0, 1)
 
-    def gram(self, frequencies: Tensor, side: Side, scale: float = 1.0) -> Tensor:
+    def gram(
+        self, frequencies: Tensor, side: Side, scale: float = 1.0, matrices: Tensor | None = None
+    ) -> Tensor:
         """Return the Gram matrices of the operator over a scale at frequencies.
 
         Args:
             frequencies: Shape (F, dims).
             side: `A A^H` of the rows, or `A^H A` of the columns.
             scale: What the operator is divided by.
+            matrices: What `matrices` returns of these, if that is known.
 
         Returns:
             Shape (G, F, rows, rows) or (G, F, columns, columns), complex.
@@ -119,7 +119,8 @@ class Polyphase:
         autocorrelation = self._autocorrelations[side]
         if autocorrelation is not None:
             return autocorrelation.gram(frequencies, (self._peak / scale) ** 2)
-        matrices = self.matrices(frequencies, scale)
+        if matrices is None:
+            matrices = self.matrices(frequencies, scale)
         return gram_matrix(matrices if side == "rows" else matrices.mH)
 
     def correlates(self, side: Side) -> bool:
@@ -248,7 +249,6 @@ class Polyphase:
     def _singular_values(self, frequencies: Tensor) -> Tensor:
         """Return those at frequencies, over the kernel's largest entry."""
         short: Side = "rows" if self.rows <= self.columns else "columns"
-        return singular_values(
-            self.matrices(frequencies, self._peak),
-            functools.partial(self.gram, frequencies, short, self._peak),
-        )
+        matrices = self.matrices(frequencies, self._peak)
+        gram = functools.partial(self.gram, frequencies, short, self._peak, matrices)
+        return singular_values(matrices, gram)

@@ -104,42 +104,51 @@ class SpectralFactor(Factor):
             self.model = replace(model)  # without what its matrices were made of
 
     def _matrices(self, frequencies: Tensor) -> Tensor:
-        """Return the operator at frequencies, scaled."""
-        matrices = self.model.matrices(frequencies, self._scale)
-        return matrices.mH if self._transposed else matrices
+        """Return the model's matrices at frequencies, scaled."""
+        return self.model.matrices(frequencies, self._scale)
 
-    def _products(self, frequencies: Tensor) -> Tensor:
-        """Return its Gram matrices, of the short side or of the one that is asked for."""
+    def _products(self, frequencies: Tensor, matrices: Tensor | None = None) -> Tensor:
+        """Return the operator's Gram matrices: of its short side, or of the one that is asked for.
+
+        Args:
+            frequencies: Shape (F, dims).
+            matrices: The model's there, if they have been made.
+        """
         side: Side = "rows" if (self._short == "rows") != self._transposed else "columns"
-        return self.model.gram(frequencies, side, self._scale)
+        return self.model.gram(frequencies, side, self._scale, matrices)
 
     def _apply_inverse(self, frequencies: Tensor, right: Tensor) -> Tensor:
-        product, around = self._products(frequencies), self._gram is None
-        if around and self._short == "columns":
-            right = self._matrices(frequencies).mH @ right
-        solution = solve_damped(product, right, self._damping)
-        if around and self._short == "rows":
-            solution = self._matrices(frequencies).mH @ solution
+        if self._gram is not None:
+            product = self._products(frequencies)
+            return solve_damped(product, right, self._damping) / self._unscale
+        matrices = self._matrices(frequencies)
+        product = self._products(frequencies, matrices)
+        adjoint = matrices if self._transposed else matrices.mH
+        if self._short == "rows":
+            solution = adjoint @ solve_damped(product, right, self._damping)
+        else:
+            solution = solve_damped(product, adjoint @ right, self._damping)
         return solution / self._unscale
 
     def _inverse(self, frequencies: Tensor) -> Tensor:
-        if self._gram is None and self.dtype == torch.float64:
-            inverse, _ = pseudo_inverse(
-                self._matrices(frequencies),
-                exact=True,
-                rcond=self._cutoff,
-                damping=self._damping,
-                scale=1.0,
-            )
+        if self._gram is not None:
+            inverse = self._inverse_gram(self._products(frequencies))
         else:
-            product = self._products(frequencies)
-            inverse, _ = inverse_gram(product, self._cutoff, self._damping, scale=1.0)
-            if self._gram is None:
-                adjoint = self._matrices(frequencies).mH
-                wide = self._short == "rows"
-                inverse = adjoint @ inverse if wide else inverse @ adjoint
+            matrices = self._matrices(frequencies)
+            adjoint = matrices if self._transposed else matrices.mH
+            if self.dtype == torch.float64:
+                inverse, _ = pseudo_inverse(
+                    adjoint.mH, exact=True, rcond=self._cutoff, damping=self._damping, scale=1.0
+                )
+            else:
+                inverse = self._inverse_gram(self._products(frequencies, matrices))
+                inverse = adjoint @ inverse if self._short == "rows" else inverse @ adjoint
         # Of complex numbers themselves, division by a real one is several times slower.
         torch.view_as_real(inverse).div_(self._unscale)
+        return inverse
+
+    def _inverse_gram(self, product: Tensor) -> Tensor:
+        inverse, _ = inverse_gram(product, self._cutoff, self._damping, scale=1.0)
         return inverse
 
     def solve(self, residual: Tensor) -> Tensor:
