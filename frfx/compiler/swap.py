@@ -22,20 +22,6 @@ from frfx.rules.base import Inversion
 from frfx.rules.max_pool import CopyToWindow, MinimalMaxUnpool
 from frfx.rules.where import where
 
-_STRICTLY_INCREASING = frozenset(
-    {
-        vocabulary.tanh,
-        vocabulary.sigmoid,
-        vocabulary.selu,
-        vocabulary.softsign,
-        vocabulary.atan,
-        vocabulary.asinh,
-        vocabulary.sinh,
-        vocabulary.logsigmoid,
-    }
-)
-"""Functions of single entries that are injective and increase, whatever their arguments."""
-
 Parts = tuple[Tensor, Tensor | None, Tensor | None]
 
 
@@ -94,15 +80,20 @@ class SwappedInversion(Inversion):
 
     def _at_an_end(self, target: Tensor) -> bool:
         """Tell whether a target is at an end of the range: it has more preimages than one."""
-        low, high = self._parts[1].limits
+        low, high = self._limits(target)
         return not low < float(target.amin()) <= float(target.amax()) < high
+
+    def _limits(self, target: Tensor) -> list[float]:
+        """Return the ends of the range as targets of this type are limited to them."""
+        ends: list[float] = target.new_tensor(self._parts[1].limits).tolist()
+        return ends
 
     def _between(self, target: Tensor, answer: Tensor, pooled: Tensor, x: Tensor) -> Tensor:
         """Return the entries nearest to the forward ones between the ends of their preimages."""
         pool, activation = self._parts
         most = torch.full_like(answer, torch.finfo(answer.dtype).max)
-        low, high = activation.limits
-        ends = answer.new_tensor([low, high])
+        low, high = self._limits(target)
+        ends = target.new_tensor([low, high])
         least, largest = activation.function.nearest(ends, ends, **activation.arguments).tolist()
         floor = where(target <= low, -most, answer.clamp(max=largest))
         ceiling = where(target >= high, most, answer.clamp(min=least))
@@ -115,10 +106,15 @@ def find(walk: Walk, stage: Stage) -> tuple[Stage, Stage] | None:
     if pool is None or pool.step.node is None or stage.step.node is None:
         return None
     unpool = type(walk.inversion(pool))
-    own = unpool in (CopyToWindow, MinimalMaxUnpool) and pool.step.op.type is vocabulary.max_pool
-    own = own and type(walk.inversion(stage)) is ElementwiseInversion
-    increases = op.type in _STRICTLY_INCREASING and set(op.inputs) == {"input"} and not op.computed
-    if not (own and increases and walk.answers(stage)):
+    inversion = walk.inversion(stage)
+    if (
+        unpool not in (CopyToWindow, MinimalMaxUnpool)
+        or type(inversion) is not ElementwiseInversion
+    ):
+        return None  # a subclass may do something else
+    if pool.step.op.type is not vocabulary.max_pool or not inversion.function.increases:
+        return None
+    if set(op.inputs) != {"input"} or op.computed or not walk.answers(stage):
         return None
     apart = all(d * (k - 1) < s for k, s, _, d in windows(pool.step.op))
     if unpool is MinimalMaxUnpool and not apart:

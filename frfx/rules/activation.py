@@ -41,6 +41,8 @@ class Elementwise:
             with which it cannot be inverted.
         attained: Whether the function reaches finite ends of its range.
         functor: `(**arguments)` to what computes the same in kernels/activation.cu, if any does.
+        increases: Whether it is a bijection that increases, whatever its arguments, and so is what
+            inverts it.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Elementwise:
     range: Callable[..., Range]
     attained: bool = False
     functor: Callable[..., str] | None = None
+    increases: bool = False
 
 
 class ElementwiseInversion(Inversion):
@@ -147,6 +150,7 @@ def _enter(
     principle: str | None = None,
     overwrite: bool = False,
     functor: str | Callable[..., str] | None = None,
+    increases: bool = False,
 ) -> None:
     spellings = op if isinstance(op, tuple) else (op,)
     limits = range if callable(range) else functools.partial(_constant, range)
@@ -155,7 +159,7 @@ def _enter(
     name = (
         op.name if isinstance(op, OpType) else getattr(spellings[0], "__name__", str(spellings[0]))
     )
-    function = Elementwise(name, nearest, limits, attained, functor)
+    function = Elementwise(name, nearest, limits, attained, functor, increases)
     factory = functools.partial(ElementwiseRule, function)
     register_rule(*spellings, principle=principle, overwrite=overwrite)(factory)
 
@@ -206,8 +210,10 @@ def _bijection(
     inverse: Callable[..., Tensor],
     range: Range | Callable[..., Range] = _everywhere,
     functor: str | None = None,
+    increases: bool = True,
 ) -> None:
-    _enter(op, functools.partial(_ignoring_input, inverse=inverse), range, functor=functor)
+    nearest = functools.partial(_ignoring_input, inverse=inverse)
+    _enter(op, nearest, range, functor=functor, increases=increases)
 
 
 def _gelu_functor(approximate: str = "none") -> str:
@@ -222,9 +228,9 @@ _bijection(vocabulary.sigmoid, torch.logit, (0, 1), functor="Sigmoid")
 _bijection(vocabulary.atan, torch.tan, (-math.pi / 2, math.pi / 2))
 _bijection(vocabulary.softsign, preimage.softsign, (-1, 1))
 _bijection(vocabulary.logsigmoid, preimage.logsigmoid, (-math.inf, 0))
-_bijection(vocabulary.elu, preimage.elu, preimage.elu_range)
+_bijection(vocabulary.elu, preimage.elu, preimage.elu_range, increases=False)  # not for alpha = 0
 _bijection(vocabulary.selu, preimage.selu, preimage.selu_range)
-_bijection(vocabulary.celu, preimage.celu, preimage.elu_range)
+_bijection(vocabulary.celu, preimage.celu, preimage.elu_range, increases=False)
 
 # Ranges whose ends are reached by whole intervals.
 _identity = functools.partial(_enter, nearest=preimage.identity, attained=True, functor="Identity")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import frfx
 from frfx.compiler.pooling import Pooling
 from frfx.compiler.swap import SwappedForward, SwappedInversion
+from frfx.rules.activation import Elementwise, ElementwiseRule
 
 FUNCTIONS = (
     torch.tanh, torch.sigmoid, F.selu, F.softsign, torch.atan, torch.asinh, torch.sinh,
@@ -107,6 +108,38 @@ def test_entries_that_the_activation_rounds_to_one_value(policy, spread):
         assert (found - x).square().sum() <= 1.0001 * (in_turn - x).square().sum()
         if policy == "minimal":  # where the forward pass comes to, all stays
             assert torch.equal(swap(y, y, x, pooled, None), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("module", "margin"), [(nn.Tanh, 0.1), (nn.Tanh, 0.01), (nn.Sigmoid, 1e-3)]
+)
+@pytest.mark.parametrize("end", [0, 1])
+def test_targets_are_exactly_at_an_end_of_the_range(end, module, margin, dtype):
+    """Which is another number in single precision."""
+    model = nn.Sequential(nn.Conv1d(1, 1, 1), module(), nn.MaxPool1d(2)).to(dtype)
+    policy = frfx.policy.paper().override(node="1", clamp_margin=margin)
+    with torch.no_grad():
+        inverse = frfx.invert(model, "0", policy=policy)
+        (swap,) = (m for m in inverse.inverse.children() if isinstance(m, SwappedInversion))
+        x = torch.tensor([[[1.0, 9.0, 0.5, 8.0]]], dtype=dtype) * (1 if end else -1)
+        target = x.new_full((1, 1, 2), swap._parts[1].limits[end])
+        y, a = model[2](model[1](x)), model[1](x)
+        found, expected = swap(target, y, x, F.max_pool1d(x, 2), None), swap(target, y, x, None, a)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rule_of_ones_own_is_asked():
+    """Even if it is one for the same function: it may read the forward value of every entry."""
+    halfway = Elementwise("tanh", lambda y, x: (torch.atanh(y) + x) / 2, lambda: (-1.0, 1.0))
+    model, x, y = small()
+    rule = ElementwiseRule(halfway)
+    inverse = frfx.invert(model, 0, policy=frfx.policy.paper().override(node="1", rule=rule))
+    assert swapped(inverse) == 1
+    with torch.no_grad():
+        found = inverse(x, y)
+        torch.testing.assert_close(found, inverse.reconstruct(x, y).feature, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found, frfx.invert(model, 0)(x, y), rtol=1e-2)
 
 
 class Small(nn.Sequential):
