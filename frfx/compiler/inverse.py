@@ -144,7 +144,7 @@ class Inverse(fx.GraphModule):
     Attributes:
         model: The network, as a view that shares the model's parameters.
         pooled: What pools in its place, without parameters, a child a node.
-        merged: The linear layers that compute with what is pooled for them, likewise.
+        merged: What computes neighbours that are inverted together, likewise.
         inverse: The inversions, one a node.
         prepare: The first node: checks the arguments and readies the factors.
     """

@@ -6,6 +6,7 @@ is computed, and inverted, of one entry a window: of a quarter of them where win
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 
@@ -70,9 +71,10 @@ class SwappedInversion(Inversion):
         pool, activation = self._parts
         if pooled is not None and not is_recorded(target, output, x):
             answer = activation(target, output, pooled)
-            if type(pool) is CopyToWindow and self._at_an_end(target):
+            if type(pool) is not CopyToWindow or not self._at_an_end(target):
+                return pool(answer, pooled, x)
+            if self._bounded(target):
                 return self._between(target, answer, pooled, x)
-            return pool(answer, pooled, x)
         if activated is None:
             (call,) = self._call  # not the hooks again, which only look
             activated = (call.forward if isinstance(call, nn.Module) else call)(x)
@@ -88,13 +90,22 @@ class SwappedInversion(Inversion):
         ends: list[float] = target.new_tensor(self._parts[1].limits).tolist()
         return ends
 
+    def _preimages(self, target: Tensor) -> list[float]:
+        """Return what the ends of the range are inverted to."""
+        activation, ends = self._parts[1], target.new_tensor(self._limits(target))
+        found: Tensor = activation.function.nearest(ends, ends, **activation.arguments)
+        return found.tolist()
+
+    def _bounded(self, target: Tensor) -> bool:
+        """Tell whether ends that targets may reach have finite preimages: not without a margin."""
+        both = zip(self._limits(target), self._preimages(target), strict=True)
+        return all(math.isfinite(end) or not math.isfinite(limit) for limit, end in both)
+
     def _between(self, target: Tensor, answer: Tensor, pooled: Tensor, x: Tensor) -> Tensor:
         """Return the entries nearest to the forward ones between the ends of their preimages."""
-        pool, activation = self._parts
+        pool, _ = self._parts
         most = torch.full_like(answer, torch.finfo(answer.dtype).max)
-        low, high = self._limits(target)
-        ends = target.new_tensor([low, high])
-        least, largest = activation.function.nearest(ends, ends, **activation.arguments).tolist()
+        (low, high), (least, largest) = self._limits(target), self._preimages(target)
         floor = where(target <= low, -most, answer.clamp(max=largest))
         ceiling = where(target >= high, most, answer.clamp(min=least))
         return x.clamp(pool(floor, pooled, x), pool(ceiling, pooled, x))

@@ -46,18 +46,17 @@ class Autocorrelation:
         lags, which = differences(shifts)
         if side == "columns":
             taps = taps.mT
-        halves = range(len(lags) // 2, len(lags))  # in the order of numbers: 0 is the middle one
-        sums = []
-        for number in halves:
+        half = len(lags) // 2  # in the order of numbers: 0 is the middle one
+        even = taps.new_empty(len(lags) - half, *taps.shape[1:-1], taps.shape[-2])
+        for number, total in enumerate(even, start=half):
             ahead, behind = (which == number).nonzero(as_tuple=True)
             left, right = (taps[i].movedim(0, -2).flatten(-2) for i in (ahead, behind))
-            sums.append(matmul(left, right.mT))
-        even = torch.stack(sums)
+            total.copy_(matmul(left, right.mT))
         turned = even.mT.clone()
         turned[0] = even[0]
         odd = even - turned if side == "rows" else turned - even  # A^H A has K[m]^T K[m + d]
         turned[0] = 0  # of 0 there is one
-        return cls(lags[len(lags) // 2 :], even.add_(turned), odd)
+        return cls(lags[half:], even.add_(turned), odd)
 
     def gram(self, frequencies: Tensor, scale: float) -> Tensor:
         """Return the Gram matrices at frequencies (F, dims), times a scale: (G, F, n, n)."""

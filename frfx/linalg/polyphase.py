@@ -27,16 +27,19 @@ class Polyphase:
     The operand is cut into blocks of the stride, whose entries become channels (space to depth), so
     that every convolution is one of stride 1. The grid is the smallest on which no window wraps
     around, which for stride 1 without padding is the image itself, as in Eq. 12; with circular
-    padding it is the image, and windows wrap as they do in the convolution. With other padding,
-    where any grid as large is as good a model, it is one whose sides have fast transforms.
+    padding that keeps the size it is the image, and windows wrap as they do in the convolution.
+    With other padding, where any grid as large is as good a model, it is one whose sides have fast
+    transforms.
 
     Attributes:
         operator: The convolution.
         dtype: The real type that its matrices are made in.
+        smallest: Whether the grid is the smallest, whatever it takes to transform.
     """
 
     operator: Convolution
     dtype: torch.dtype = torch.float64
+    smallest: bool = False
 
     @property
     def groups(self) -> int:
@@ -85,7 +88,7 @@ class Polyphase:
         ):
             first, last = -before // s, (extent - 1 - before) // s
             sizes.append(max(blocks, out + last) - min(0, first))
-        return tuple(sizes if self.exact else map(fast_length, sizes))
+        return tuple(sizes if self.exact or self.smallest else map(fast_length, sizes))
 
     def matrices(self, frequencies: Tensor, scale: float = 1.0) -> Tensor:
         """Return the operator over a scale at frequencies: (G, F, rows, columns), complex.
@@ -114,7 +117,9 @@ class Polyphase:
         """
         if side not in self._autocorrelations:
             taps = self.taps / self._peak  # whose squares are within the range
-            known = Autocorrelation.of(self.shifts, taps, side) if self.correlates(side) else None
+            count = math.prod(Grid(self.grid, self.grid, self.grid).half)
+            correlates = self.correlates(side, count)
+            known = Autocorrelation.of(self.shifts, taps, side) if correlates else None
             self._autocorrelations[side] = known
         autocorrelation = self._autocorrelations[side]
         if autocorrelation is not None:
@@ -123,9 +128,8 @@ class Polyphase:
             matrices = self.matrices(frequencies, scale)
         return gram_matrix(matrices if side == "rows" else matrices.mH)
 
-    def correlates(self, side: Side) -> bool:
-        """Tell whether the Gram matrices of all frequencies take less by the autocorrelation."""
-        frequencies = math.prod(Grid(self.grid, self.grid, self.grid).half)
+    def correlates(self, side: Side, frequencies: int) -> bool:
+        """Tell whether Gram matrices of so many frequencies take less by the autocorrelation."""
         shifts, other = len(self.shifts), self.columns if side == "rows" else self.rows
         if shifts >= 2 * other:  # there are no fewer lags
             return False
@@ -241,14 +245,13 @@ class Polyphase:
             spread = torch.linspace(0, len(frequencies) - 1, few // 2, device=frequencies.device)
             frequencies = frequencies[torch.cat([largest, spread.long()]).unique()]
         most = max(1, chunk(self.operator.kernel.device) // (self.groups * rows * columns))
-        values = [self._singular_values(part) for part in frequencies.split(most)]
+        short: Side = "rows" if rows <= columns else "columns"
+        correlates = self.correlates(short, len(frequencies))
+        values = []
+        for part in frequencies.split(most):
+            matrices = self.matrices(part, self._peak)
+            gram = functools.partial(self.gram, part, short, self._peak) if correlates else None
+            values.append(singular_values(matrices, gram))
         top = self._peak * max(float(v.amax()) for v in values)
         bottom = self._peak * min(float(v.amin()) for v in values)
         return Spectrum(top, bottom, deficient=False).cut_off(rcond)
-
-    def _singular_values(self, frequencies: Tensor) -> Tensor:
-        """Return those at frequencies, over the kernel's largest entry."""
-        short: Side = "rows" if self.rows <= self.columns else "columns"
-        matrices = self.matrices(frequencies, self._peak)
-        gram = functools.partial(self.gram, frequencies, short, self._peak, matrices)
-        return singular_values(matrices, gram)

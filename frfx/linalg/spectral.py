@@ -65,7 +65,7 @@ class SpectralFactor(Factor):
         conv = operator.of if isinstance(operator, Transposed) else operator
         self.dtype = solve_dtype(conv.kernel.dtype)
         single = damping >= _SINGLE_DAMPING and self.dtype == torch.float32
-        self.model = model = Polyphase(conv, torch.float32 if single else torch.float64)
+        model = Polyphase(conv, torch.float32 if single else torch.float64)
         self._cutoff, self._damping, self._gram = cutoff, damping, gram
         self._transposed = transposed
         outer, inner = conv.out_size, model.blocks
@@ -77,13 +77,19 @@ class SpectralFactor(Factor):
         # The map takes residuals to deviations, or one of the two to itself.
         sizes = {None: (outer, inner), "rows": (outer, outer), "columns": (inner, inner)}[gram]
         channels = {None: (columns, rows), "rows": (rows, rows), "columns": (columns, columns)}
+        entries = model.groups * math.prod(channels[gram]) * 2 * self.dtype.itemsize
+        tight = replace(model, smallest=True)
+        needed, least = (entries * math.prod(Grid(m.grid, *sizes).half) for m in (model, tight))
+        if least <= memory < needed:  # to make the matrices anew would take more than it saves
+            model = tight
+        self.model = model
         self._short = gram or ("rows" if rows <= columns else "columns")
         self._source_in_blocks = transposed if gram != "columns" else not transposed
         self._result_in_blocks = transposed if gram == "rows" else not transposed
         grid = Grid(model.grid, *sizes)
         rcond = effective_rcond(cutoff, damping)
         if spectrum is None:
-            spectrum = (Polyphase(conv) if single else model).spectrum(rcond)
+            spectrum = (replace(model, dtype=torch.float64) if single else model).spectrum(rcond)
         self.spectrum = spectrum.cut_off(rcond)
         # The operator is divided by its scale, so that its squares are within the range.
         self._scale = self.spectrum.largest or 1.0

@@ -129,6 +129,16 @@ def test_targets_are_exactly_at_an_end_of_the_range(end, module, margin, dtype):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [4, 5], ids=["complete", "an entry that no window reads"])
+def test_an_end_without_a_margin_is_out_of_reach(size):
+    model = nn.Sequential(nn.Conv1d(1, 1, 1), nn.Tanh(), nn.MaxPool1d(2))
+    inverse = frfx.invert(model, "0", policy=frfx.policy.paper(clamp_margin=0))
+    assert swapped(inverse) == 1
+    x, target = torch.linspace(-0.2, 0.5, size).view(1, 1, -1), torch.tensor([[[1.0, 0.4]]])
+    with torch.no_grad(), pytest.raises(frfx.NonFiniteError):
+        inverse(x, target)
+
+
 def test_a_rule_of_ones_own_is_asked():
     """Even if it is one for the same function: it may read the forward value of every entry."""
     halfway = Elementwise("tanh", lambda y, x: (torch.atanh(y) + x) / 2, lambda: (-1.0, 1.0))

@@ -46,6 +46,11 @@ def by_sums(model, frequencies):
     return values.reshape(*shape[:3], -1)
 
 
+def half(model):
+    """Return how many frequencies the half spectrum has."""
+    return math.prod(Grid(model.grid, model.grid, model.grid).half)
+
+
 def as_real(values):
     return torch.view_as_real(torch.as_tensor(values).resolve_conj())
 
@@ -83,7 +88,7 @@ def test_gram_matrices_by_the_autocorrelation_are_products(operator, side, scale
 def test_many_channels_take_the_autocorrelation(dtype, tolerance, stride, side):
     operator = Convolution(normal(0, 40, 40, 3, 3), (24, 24), (stride,) * 2, ((1, 1),) * 2)
     model = Polyphase(operator, dtype)
-    assert model.correlates(side)
+    assert model.correlates(side, half(model))
     frequencies = Grid(model.grid, model.grid, model.grid).frequencies()
     matrices = Polyphase(operator).matrices(frequencies)
     expected = matrices @ matrices.mH if side == "rows" else matrices.mH @ matrices
@@ -101,7 +106,8 @@ def test_where_it_would_take_more_it_is_not_taken(channels, window, size):
     operator = Convolution(normal(0, *channels, window, window), (size, size))
     model = Polyphase(operator)
     short = "rows" if model.rows <= model.columns else "columns"
-    assert not model.correlates("rows" if channels == (10, 3) else short)
+    side = "rows" if channels == (10, 3) else short
+    assert not model.correlates(side, half(model))
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200])
@@ -110,7 +116,7 @@ def test_squares_of_taps_stay_within_the_range(scale):
     model = Polyphase(operator)
     scaled = Polyphase(replace(operator, kernel=scale * operator.kernel))
     frequencies = all_frequencies(model)[:5]
-    assert scaled.correlates("rows")
+    assert scaled.correlates("rows", half(scaled))
     found, expected = scaled.gram(frequencies, "rows", scale), model.gram(frequencies, "rows")
     assert relative(as_real(found), as_real(expected)) < 1e-12
 
@@ -131,3 +137,9 @@ def test_squared_norms_are_traces(operator):
     frequencies = all_frequencies(model)
     expected = as_real(model.matrices(frequencies)).square().sum((0, 2, 3, 4))
     assert relative(model.squared_norms(frequencies), expected) < 1e-12
+
+
+def test_a_sample_of_frequencies_takes_no_autocorrelation():
+    model = Polyphase(Convolution(normal(0, 40, 40, 3, 3), (24, 24)))
+    assert model.correlates("rows", half(model))
+    assert not model.correlates("rows", 8)

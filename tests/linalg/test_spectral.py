@@ -298,6 +298,17 @@ def test_a_bound_on_the_memory_holds():
     assert streamed.nbytes <= 4 * 8 * operator.kernel.numel()  # the kernel's products with itself
 
 
+def test_a_bound_on_the_memory_keeps_the_smallest_grid():
+    """Where the matrices of a larger one would have to be made anew at every call."""
+    kernel = normal(0, 32, 32, 3, 3, dtype=torch.float32)
+    operator = Convolution(kernel, (56, 56), padding=((1, 1),) * 2)
+    needed = {n: n * (n // 2 + 1) * 32 * 32 * 8 for n in (58, 60)}
+    for memory, grid in ((needed[60], 60), (needed[60] - 1, 58), (needed[58] - 1, 60)):
+        factor = Spectral(damping=1e-2, memory=memory).prepare(operator)
+        assert factor.model.grid == (grid, grid)
+        assert factor.map.streams == (memory < needed[58])
+
+
 @pytest.mark.parametrize("memory", [1 << 29, 0], ids=["kept", "streamed"])
 @given(drawn=zeros, seed=seeds, rcond=st.sampled_from([None, 0.5]))
 def test_chunks_of_frequencies_share_their_cutoff(memory, drawn, seed, rcond):
