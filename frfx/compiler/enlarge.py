@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from frfx.compiler.forward import call_of, is_hooked
+from frfx.compiler.forward import call_of, is_hooked, without_hooks
 from frfx.compiler.stage import Shorter, Stage, Walk
 from frfx.linalg import Matrix, Separable
 from frfx.linalg.auto import Choice
@@ -105,8 +105,8 @@ class MergedInversion(FactoredInversion):
                 flat = maps.back.correct(x.flatten(1), target, output)
             return flat.unflatten(1, x.shape[1:])
         values = [x]
-        for call in self._calls:  # not the hooks again, which only look
-            values.append((call.forward if isinstance(call, nn.Module) else call)(values[-1]))
+        for call in self._calls:
+            values.append(without_hooks(call)(values[-1]))
         for inversion, value in zip(self._inversions, reversed(values), strict=True):
             target, output = inversion(target, output, value), value
         return target

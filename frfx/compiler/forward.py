@@ -72,6 +72,11 @@ def call_of(node: fx.Node, root: nn.Module) -> Callable[[Tensor], Tensor]:
     return call
 
 
+def without_hooks(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what a call computes, for a value that hooks have seen: these only look."""
+    return call.forward if isinstance(call, nn.Module) else call
+
+
 def is_hooked(call: Callable | None) -> bool:
     """Tell whether hooks wait for a module to be called, or it has a forward of its own."""
     return isinstance(call, nn.Module) and bool(
@@ -158,4 +163,5 @@ __all__ = [
     "forward_module",
     "is_hooked",
     "region_module",
+    "without_hooks",
 ]

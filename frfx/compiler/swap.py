@@ -11,10 +11,10 @@ import operator
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from frfx import vocabulary
-from frfx.compiler.forward import call_of
+from frfx.compiler.forward import call_of, without_hooks
 from frfx.compiler.pooling import Pooling, windows
 from frfx.compiler.stage import Shorter, Stage, Walk
 from frfx.recording import is_recorded
@@ -76,8 +76,8 @@ class SwappedInversion(Inversion):
             if self._bounded(target):
                 return self._between(target, answer, pooled, x)
         if activated is None:
-            (call,) = self._call  # not the hooks again, which only look
-            activated = (call.forward if isinstance(call, nn.Module) else call)(x)
+            (call,) = self._call
+            activated = without_hooks(call)(x)
         return activation(pool(target, output, activated), activated, x)
 
     def _at_an_end(self, target: Tensor) -> bool:

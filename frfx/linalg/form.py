@@ -32,7 +32,6 @@ _SLOWER_PRODUCTS = {True: 1.6, False: 1.4}
 """How much longer they take, beside all else, where MKL fills half of a register: on processors
 that compute with whole ones, and on others (`products`)."""
 
-
 _SHORT = 36
 """Up to which length transforms are mostly products with matrices, which any length suits."""
 
@@ -94,6 +93,11 @@ class Grid:
 def chunk(device: torch.device) -> int:
     """Return how many entries of a map's matrices are made at a time."""
     return _CHUNK if device.type == "cpu" else 4 * _CHUNK
+
+
+def spectral_bytes(grid: Grid, entries: int, dtype: torch.dtype) -> int:
+    """Return the memory of a complex matrix of so many entries at every frequency, in bytes."""
+    return 2 * dtype.itemsize * entries * math.prod(grid.half)
 
 
 def choose_form(grid: Grid, groups: int, rows: int, columns: int) -> Form:

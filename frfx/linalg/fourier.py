@@ -26,7 +26,15 @@ from torch import Tensor
 
 from frfx.linalg.backend import Backend, Namespace, TorchBackend, torch_backend
 from frfx.linalg.dft import Dft
-from frfx.linalg.form import Form, Grid, choose_form, choose_form_on_gpu, chunk, complex_parts
+from frfx.linalg.form import (
+    Form,
+    Grid,
+    choose_form,
+    choose_form_on_gpu,
+    chunk,
+    complex_parts,
+    spectral_bytes,
+)
 from frfx.linalg.kernel_map import KernelMap
 from frfx.linalg.products import matmul
 from frfx.linalg.pseudo_inverse import nbytes
@@ -132,13 +140,13 @@ class FourierMap:
 
     def _bytes_of(self, form: Form) -> int:
         """Return the memory of a form's matrices, in bytes."""
-        grid = self.grid
+        grid, entries = self.grid, self.groups * self.rows * self.columns
         if form == "matrix":
-            count, width = math.prod(grid.source) * math.prod(grid.result), 1
-        else:
-            real = 3 if self.parts == 3 else 4
-            count, width = math.prod(grid.half), real if form == "dft" else 2
-        return self.groups * self.rows * self.columns * count * width * self.dtype.itemsize
+            return entries * math.prod(grid.source) * math.prod(grid.result) * self.dtype.itemsize
+        complex_ones = spectral_bytes(grid, entries, self.dtype)
+        if form == "fft":
+            return complex_ones
+        return complex_ones * 3 // 2 if self.parts == 3 else 2 * complex_ones
 
     @property
     def nbytes(self) -> int:

@@ -96,8 +96,9 @@ class Polyphase:
         `z^(u) = sum_m K[m] exp(2 pi i u m) x^(u)` over the shifts m: Eq. 12, where the flip of
         Eq. 10 and the padding on the left are the same shift of the result.
         """
-        angle, taps = self._angles(frequencies), self.taps.flatten(1) / scale
-        real, imaginary = (wave.to(self.dtype) @ taps for wave in (angle.cos(), angle.sin()))
+        angle, taps = self._angles(frequencies), self.taps.flatten(1)
+        waves = (angle.cos(), angle.sin())
+        real, imaginary = (wave.div_(scale).to(self.dtype) @ taps for wave in waves)
         shape = (len(frequencies), *self.taps.shape[1:])
         return torch.complex(real, imaginary).view(shape).transpose(0, 1)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from frfx.linalg.autocorrelation import Side
 from frfx.linalg.backend import Backend, torch_backend
-from frfx.linalg.fourier import FourierMap, Grid
+from frfx.linalg.form import Grid, spectral_bytes
+from frfx.linalg.fourier import FourierMap
 from frfx.linalg.operators import Convolution, Transposed
 from frfx.linalg.polyphase import Polyphase
 from frfx.linalg.pseudo_inverse import (
@@ -77,9 +78,10 @@ class SpectralFactor(Factor):
         # The map takes residuals to deviations, or one of the two to itself.
         sizes = {None: (outer, inner), "rows": (outer, outer), "columns": (inner, inner)}[gram]
         channels = {None: (columns, rows), "rows": (rows, rows), "columns": (columns, columns)}
-        entries = model.groups * math.prod(channels[gram]) * 2 * self.dtype.itemsize
-        tight = replace(model, smallest=True)
-        needed, least = (entries * math.prod(Grid(m.grid, *sizes).half) for m in (model, tight))
+        entries, tight = model.groups * math.prod(channels[gram]), replace(model, smallest=True)
+        needed, least = (
+            spectral_bytes(Grid(m.grid, *sizes), entries, self.dtype) for m in (model, tight)
+        )
         if least <= memory < needed:  # to make the matrices anew would take more than it saves
             model = tight
         self.model = model

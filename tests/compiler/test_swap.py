@@ -104,6 +104,7 @@ def test_entries_that_the_activation_rounds_to_one_value(policy, spread):
         found = swap(target, y, x, pooled, None)
         in_turn = swap(target, y, x, None, torch.tanh(x))
         tie = (torch.tanh(x) == 1) & (found != in_turn)
+        assert policy == "minimal" or not tie.any()  # copies ask for no largest entry
         torch.testing.assert_close(found[~tie], in_turn[~tie], rtol=1e-4, atol=1e-4)
         assert (found - x).square().sum() <= 1.0001 * (in_turn - x).square().sum()
         if policy == "minimal":  # where the forward pass comes to, all stays
@@ -153,7 +154,7 @@ def test_a_rule_of_ones_own_is_asked():
 
 
 class Small(nn.Sequential):
-    def __init__(self, *behind: nn.Module) -> None:
+    def __init__(self) -> None:
         torch.manual_seed(0)
         super().__init__(
             nn.Conv2d(3, 5, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(5, 4, 3), nn.Sigmoid(),
