@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from frfx.linalg.pseudo_inverse import (
     solve_dtype,
 )
 from frfx.linalg.spectral import FACTOR_MEMORY, SpectralFactor
-from frfx.recording import is_capturing, is_recorded
+from frfx.recording import is_capturing
 
 TOLERANCE = 1e-2
 """Default bound on the relative residual of the normal equations."""
@@ -36,6 +37,9 @@ MAX_STEPS = 50
 
 _PRECONDITIONER_DAMPING = 1e-4
 """The circular model may be singular where the operator is not; its inverse must not explode."""
+
+
+_Solve = Callable[[Tensor], tuple[Tensor, Convergence]]
 
 
 class IterativeFactor(Factor):
@@ -91,8 +95,10 @@ class IterativeFactor(Factor):
     def _solve(self, residual: Tensor) -> Tensor:
         residual = residual.to(_entries(self.operator).dtype)
         mv, rmv = self.operator.mv, self.operator.rmv
-        size = by_sample(residual.abs().flatten(1).amax(1), residual)
-        residual = torch.where(size > 0, residual / size, 0.0)
+        # To autograd a constant: what a solution of a scaled residual is scaled back by.
+        size = by_sample(residual.detach().abs().flatten(1).amax(1), residual)
+        size = torch.where(size == 0, 1.0, size)
+        residual = residual / size
         # What is not finite comes back as NaN, for a system without a norm is not iterated.
         unscale = size / self.scale
         if self.dual:
@@ -103,15 +109,19 @@ class IterativeFactor(Factor):
 
     def _iterate(self, gram: Map, right: Tensor) -> Tensor:
         """Solve with a Gram matrix of the operator, shifted."""
-        recorded = is_recorded(_entries(self.operator))
-        solution, self.convergence = conjugate_gradients(
-            lambda p: torch.add(gram(p), p, alpha=self.shift),
-            right,
-            self._precondition,
-            tolerance=self.tolerance,
-            max_steps=self.max_steps,
-            kernels=None if recorded else self._backend.kernels,
-        )
+
+        def solve(right: Tensor) -> tuple[Tensor, Convergence]:
+            return conjugate_gradients(
+                lambda p: torch.add(gram(p), p, alpha=self.shift),
+                right,
+                self._precondition,
+                tolerance=self.tolerance,
+                max_steps=self.max_steps,
+                kernels=self._backend.kernels,
+            )
+
+        solution, *convergence = _Solution.apply(solve, right)
+        self.convergence = Convergence(*convergence)
         return solution
 
     def _no_worse(self, deviation: Tensor, residual: Tensor) -> Tensor:
@@ -128,6 +138,32 @@ class IterativeFactor(Factor):
 
     def _precondition(self, x: Tensor) -> Tensor:
         return x if self.preconditioner is None else self.preconditioner.solve(x)
+
+
+class _Solution(torch.autograd.Function):
+    """The solution of symmetric systems, as a function of the right-hand sides.
+
+    It is linear and its own transpose: gradients and tangents are solutions, too. The steps that
+    have led to it are not recorded.
+    """
+
+    @staticmethod
+    def forward(solve: _Solve, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        solution, convergence = solve(right)
+        return solution, *convergence
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[_Solve, Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.solve = inputs[0]
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[None, Tensor]:
+        return None, _Solution.apply(ctx.solve, gradient)[0]
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Solution.apply(ctx.solve, tangent)[0], None, None, None
 
 
 def _entries(operator: Matrix | Convolution | Transposed) -> Tensor:

@@ -375,3 +375,23 @@ def test_half_types_are_solved_in_single(dtype):
 
 def test_defaults():
     assert (Iterative().tolerance, Iterative().max_steps) == (TOLERANCE, MAX_STEPS)
+
+
+@given(drawn=convolutions(), way=either_way, seed=seeds, damping=st.floats(1e-3, 1))
+def test_the_gradient_is_the_transposed_solution(drawn, way, seed, damping):
+    """And of a sample that is solved in no step, no less."""
+    operator = way(drawn)
+    matrix = matrix_of(operator)
+    factor = replace(exact, damping=damping).prepare(operator)
+    relative_damping = damping * (factor.spectrum.largest / np.linalg.norm(matrix, 2)) ** 2
+    inverse = damped_least_squares(matrix, np.eye(len(matrix)), relative_damping)
+    residual = normal(seed, 3, *operator.out_shape)
+    residual[1] = 0
+    cotangent = normal(seed + 1, 3, *operator.in_shape)
+    solution = factor.solve(residual.requires_grad_())
+    (found,) = torch.autograd.grad(solution, residual, cotangent)
+    assert relative(found.flatten(1), cotangent.flatten(1).numpy() @ inverse) < 1e-6
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(residual.detach(), found)
+        tangent = torch.autograd.forward_ad.unpack_dual(factor.solve(dual)).tangent
+    assert relative(tangent.flatten(1), found.flatten(1).numpy() @ inverse.T) < 1e-6
