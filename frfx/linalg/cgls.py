@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from frfx.linalg.bidiagonal import largest_singular_values
 from frfx.linalg.conjugate_gradients import Convergence
+from frfx.linalg.linear_function import Map
 
 _NOISE = 100.0
 """How many units of rounding of `||J|| ||r||` the computed `J^T r` may be off."""
 
-_POWER_STEPS = 6
-"""Steps of the power method: on random matrices it then lies within a tenth of the answer."""
-
-Product = Callable[[Tensor], Tensor]
+_LANCZOS_STEPS = 4
+"""Steps of a bidiagonalisation: of residual blocks it then lies within a tenth of the answer."""
 
 
 def cgls(
-    mv: Product,
-    rmv: Product,
+    mv: Map,
+    rmv: Map,
     right: Tensor,
     *,
     tolerance: float,
     max_steps: int,
     shift: Tensor | float = 0.0,
     miss: float = 0.0,
+    largest: Tensor | None = None,
 ) -> tuple[Tensor, Convergence]:
     """Return `argmin ||J d - right||^2 + shift ||d||^2`, of least norm, for every sample.
 
@@ -43,6 +42,7 @@ def cgls(
         max_steps: Bound on the steps.
         shift: Tikhonov's parameter, one number or one a sample, shape (N,).
         miss: A sample stops, too, where the norm of its residual has fallen to this share.
+        largest: The largest singular value of J, shape (N,), if an estimate is known.
 
     Returns:
         Shape (N, n) in the type of `right`, and how it went. Samples whose gradient is down to
@@ -58,8 +58,12 @@ def cgls(
     shift = torch.as_tensor(shift, dtype=right.dtype, device=right.device).expand(len(right))
     # What is left of J^T r below this is rounding; a direction made of it leads anywhere.
     noise = (_NOISE * eps) ** 2
-    start = unstructured(right)
-    scale = _squares(rmv(start)) / _squares(start)  # of J^T J: the largest ratio met so far
+    if largest is None:
+        start = unstructured(right)
+        scale = _squares(rmv(start)) / _squares(start)
+    else:
+        scale = largest.square()
+    # That is of J^T J: the largest ratio met so far.
     residual, gradient = right, rmv(right)
     direction, solution = gradient, torch.zeros_like(gradient)
     first = size = _squares(gradient)
@@ -91,7 +95,27 @@ def cgls(
     return solution * unit, Convergence(left, steps, ~is_open())
 
 
-def largest_singular_value(mv: Product, rmv: Product, like: Tensor) -> Tensor:
+def damped_cgls(
+    mv: Map, rmv: Map, right: Tensor, *, damping: float, tolerance: float, max_steps: int
+) -> tuple[Tensor, Convergence]:
+    """Return what `cgls` does, the shift relative to the largest singular value of a sample.
+
+    Args:
+        mv: See `cgls`, as all that follows.
+        rmv: The transpose.
+        right: Shape (N, m).
+        damping: Tikhonov's parameter relative to the square of `largest_singular_value`.
+        tolerance: Of the residual of the normal equations.
+        max_steps: Bound on the steps.
+    """
+    largest = largest_singular_value(mv, rmv, right) if damping else None
+    shift = 0.0 if largest is None else damping * largest.square()
+    return cgls(
+        mv, rmv, right, tolerance=tolerance, max_steps=max_steps, shift=shift, largest=largest
+    )
+
+
+def largest_singular_value(mv: Map, rmv: Map, like: Tensor) -> Tensor:
     """Return an estimate from below of the largest singular value of every sample.
 
     Args:
@@ -102,14 +126,7 @@ def largest_singular_value(mv: Product, rmv: Product, like: Tensor) -> Tensor:
     Returns:
         Shape (N,).
     """
-    vector = rmv(unstructured(like))
-    value = torch.zeros_like(vector[:, 0])
-    for _ in range(_POWER_STEPS):
-        norm = vector.norm(dim=1, keepdim=True)
-        image = mv(vector / torch.where(norm > 0, norm, 1))
-        value = image.norm(dim=1)
-        vector = rmv(image)
-    return value
+    return largest_singular_values(mv, rmv, rmv(unstructured(like)), _LANCZOS_STEPS)
 
 
 def unstructured(like: Tensor) -> Tensor:
@@ -122,4 +139,4 @@ def _squares(vectors: Tensor) -> Tensor:
     return vectors.square().sum(1)
 
 
-__all__ = ["cgls", "largest_singular_value", "unstructured"]
+__all__ = ["cgls", "damped_cgls", "largest_singular_value", "unstructured"]

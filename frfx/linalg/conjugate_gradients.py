@@ -5,19 +5,17 @@ from __future__ import annotations
 import abc
 import math
 from collections import deque
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from frfx.kernels import Kernels
+from frfx.linalg.linear_function import Map
 from frfx.recording import is_capturing
 
 _BEHIND = 3
 """Steps that a GPU may have waiting before the host looks how the first of them went."""
-
-Map = Callable[[Tensor], Tensor]
 
 
 class Convergence(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,11 @@ from torch import Tensor
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.conjugate_gradients import (
     Convergence,
-    Map,
     by_sample,
     conjugate_gradients,
     norms,
 )
+from frfx.linalg.linear_function import Map, linear_function
 from frfx.linalg.operators import Convolution, Matrix, Transposed
 from frfx.linalg.pseudo_inverse import (
     Factor,
@@ -37,9 +36,6 @@ MAX_STEPS = 50
 
 _PRECONDITIONER_DAMPING = 1e-4
 """The circular model may be singular where the operator is not; its inverse must not explode."""
-
-
-_Solve = Callable[[Tensor], tuple[Tensor, Convergence]]
 
 
 class IterativeFactor(Factor):
@@ -109,9 +105,10 @@ class IterativeFactor(Factor):
 
     def _iterate(self, gram: Map, right: Tensor) -> Tensor:
         """Solve with a Gram matrix of the operator, shifted."""
+        went: list[Convergence] = []
 
-        def solve(right: Tensor) -> tuple[Tensor, Convergence]:
-            return conjugate_gradients(
+        def solve(right: Tensor) -> Tensor:
+            solution, convergence = conjugate_gradients(
                 lambda p: torch.add(gram(p), p, alpha=self.shift),
                 right,
                 self._precondition,
@@ -119,9 +116,12 @@ class IterativeFactor(Factor):
                 max_steps=self.max_steps,
                 kernels=self._backend.kernels,
             )
+            went.append(convergence)
+            return solution
 
-        solution, *convergence = _Solution.apply(solve, right)
-        self.convergence = Convergence(*convergence)
+        # A symmetric map: its gradients and tangents are solutions, too, and no step is recorded.
+        solution = linear_function(solve, solve, right)
+        self.convergence = went[0]
         return solution
 
     def _no_worse(self, deviation: Tensor, residual: Tensor) -> Tensor:
@@ -138,32 +138,6 @@ class IterativeFactor(Factor):
 
     def _precondition(self, x: Tensor) -> Tensor:
         return x if self.preconditioner is None else self.preconditioner.solve(x)
-
-
-class _Solution(torch.autograd.Function):
-    """The solution of symmetric systems, as a function of the right-hand sides.
-
-    It is linear and its own transpose: gradients and tangents are solutions, too. The steps that
-    have led to it are not recorded.
-    """
-
-    @staticmethod
-    def forward(solve: _Solve, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        solution, convergence = solve(right)
-        return solution, *convergence
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[_Solve, Tensor], output: tuple[Tensor, ...]) -> None:
-        ctx.solve = inputs[0]
-        ctx.mark_non_differentiable(*output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[None, Tensor]:
-        return None, _Solution.apply(ctx.solve, gradient)[0]
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, tangent: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Solution.apply(ctx.solve, tangent)[0], None, None, None
 
 
 def _entries(operator: Matrix | Convolution | Transposed) -> Tensor:

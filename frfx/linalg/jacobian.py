@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from frfx.linalg.affine_layers import AffineLayers
 from frfx.linalg.cgls import unstructured
 
 
@@ -32,7 +33,8 @@ class Jacobian:
         # The fused kernels of attention have neither a second derivative nor one in forward mode.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             self._leaf = self._feature.clone().requires_grad_()
-            self._output = function(self._leaf)
+            with AffineLayers(self._leaf):
+                self._output = function(self._leaf)
             # J^T u is linear in u: its derivative, transposed, is J, at the price of a backward.
             self._probe = torch.zeros_like(self._output, requires_grad=True)
             self._pulled: Tensor | None = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from frfx.linalg.bidiagonal import largest_singular_values
 from frfx.linalg.products import matmul
 
 _GRAM_FLOOR = 1e-7
@@ -227,33 +228,18 @@ def largest_singular_value(matrix: Tensor) -> float:
 
     Large ones are only multiplied by vectors, for their Gram matrices would take longer than many
     solves.
-
-    Reference:
-        Golub and Kahan (1965): bidiagonalisation, whose singular values approach the extreme ones.
     """
     if min(matrix.shape[-2:]) < _CHOLESKY_FROM:
         return float(singular_values(matrix).amax())
-    tiny = torch.finfo(matrix.dtype).tiny
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[-1], 1, generator=generator, dtype=torch.float64)
-    right = start.to(matrix.device, matrix.dtype).expand(*matrix.shape[:-2], -1, 1)
-    right = right / torch.linalg.vector_norm(right, dim=-2, keepdim=True)
-    left, beta = torch.zeros_like(matrix[..., :1]), torch.zeros_like(matrix[..., :1, :1])
-    diagonal, above = [], []
-    for _ in range(_LANCZOS_STEPS):
-        image = matrix @ right - beta * left
-        alpha = torch.linalg.vector_norm(image, dim=-2, keepdim=True)
-        left = image / alpha.clamp(min=tiny)
-        image = matrix.mH @ left - alpha * right
-        beta = torch.linalg.vector_norm(image, dim=-2, keepdim=True)
-        right = image / beta.clamp(min=tiny)
-        diagonal.append(alpha[..., 0, 0])
-        above.append(beta[..., 0, 0])
-    bidiagonal = torch.diag_embed(torch.stack(diagonal, -1))
-    bidiagonal += torch.diag_embed(torch.stack(above[:-1], -1), offset=1)
-    if not bool(torch.isfinite(bidiagonal).all()):
-        return math.nan  # LAPACK refuses what has overflowed
-    return float(torch.linalg.svdvals(bidiagonal).amax())
+    start = torch.randn(matrix.shape[-1], generator=generator, dtype=torch.float64)
+    found = largest_singular_values(
+        lambda x: (matrix @ x[..., None])[..., 0],
+        lambda y: (matrix.mH @ y[..., None])[..., 0],
+        start.to(matrix.device, matrix.dtype).expand(*matrix.shape[:-2], -1),
+        _LANCZOS_STEPS,
+    )
+    return float(found.amax())
 
 
 def singular_values(matrices: Tensor, gram: Callable[[], Tensor] | None = None) -> Tensor:

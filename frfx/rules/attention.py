@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from frfx import vocabulary
-from frfx.linalg.cgls import cgls, largest_singular_value
+from frfx.linalg.cgls import damped_cgls
 from frfx.linalg.conjugate_gradients import Convergence
 from frfx.linalg.iterative import MAX_STEPS, TOLERANCE
 from frfx.linalg.pseudo_inverse import solve_dtype
@@ -163,16 +163,11 @@ class HeldMultiheadWeights(Inversion):
         with torch.autocast(value.device.type, enabled=False):
             path = self.path(values)
             residual = self.by_sample((target[0] - output[0]).to(path.weights.dtype)).flatten(1)
-            shift: Tensor | float = 0.0
-            damping = held_damping(self.rule.damping, self.op, _WEIGHING)
-            if damping:
-                largest = largest_singular_value(path.mv, path.rmv, residual)
-                shift = damping * largest.square()
-            deviation, self._convergence = cgls(
+            deviation, self._convergence = damped_cgls(
                 path.mv,
                 path.rmv,
                 residual,
-                shift=shift,
+                damping=held_damping(self.rule.damping, self.op, _WEIGHING),
                 tolerance=self.rule.tolerance,
                 max_steps=self.rule.max_steps,
             )
@@ -257,7 +252,7 @@ class MultiheadAttentionRule(Rule):
 
     Attributes:
         damping: Tikhonov's parameter relative to the squared largest singular value of a sample's
-            A, which the power method estimates from below; None as in `AttentionRule`.
+            A, which a bidiagonalisation estimates from below; None as in `AttentionRule`.
         tolerance: Bound on the residual of the normal equations, relative by sample.
         max_steps: Bound on the steps of the conjugate gradients.
         unconverged: What to do about samples that they have not solved: ``"warn"``, ``"raise"`` or

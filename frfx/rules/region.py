@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from frfx import vocabulary
 from frfx.errors import UnsupportedOp, UnsupportedOpsError
-from frfx.linalg.cgls import cgls, largest_singular_value
+from frfx.linalg.cgls import damped_cgls
 from frfx.linalg.iterative import MAX_STEPS
 from frfx.linalg.jacobian import Jacobian
 from frfx.linalg.pseudo_inverse import solve_dtype
@@ -69,16 +69,11 @@ class RegionInversion(Inversion):
         if self._couples(jacobian, shape):
             jacobian.systems = 1
         residual = residual.reshape(jacobian.systems, -1)
-        shift: Tensor | float = 0.0
-        damping = _DAMPING if self.rule.damping is None else self.rule.damping
-        if damping:
-            largest = largest_singular_value(jacobian.mv, jacobian.rmv, residual)
-            shift = damping * largest.square()
-        deviation, convergence = cgls(
+        deviation, convergence = damped_cgls(
             jacobian.mv,
             jacobian.rmv,
             residual,
-            shift=shift,
+            damping=_DAMPING if self.rule.damping is None else self.rule.damping,
             tolerance=self.rule.tolerance,
             max_steps=self.rule.max_steps,
         )
@@ -125,7 +120,7 @@ class RegionRule(Rule):
 
     Attributes:
         damping: Tikhonov's parameter relative to the squared largest singular value of a sample's
-            Jacobian, which the power method estimates from below; None for 1e-2.
+            Jacobian, which a bidiagonalisation estimates from below; None for 1e-2.
         tolerance: Bound on the residual of the normal equations, relative by sample.
         max_steps: Bound on the steps of conjugate gradients.
         unconverged: What to do about samples that are above the tolerance after the last step:

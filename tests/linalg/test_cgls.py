@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from frfx.linalg.cgls import cgls, largest_singular_value
+from frfx.linalg.cgls import cgls, damped_cgls, largest_singular_value
 from tests.oracles import Array, normal, relative
 
 SYSTEMS = {
@@ -189,6 +189,31 @@ def test_largest_singular_value(seed, rows, columns, rank):
     exact = torch.linalg.matrix_norm(matrix, 2)
     assert bool((found <= exact * (1 + 1e-12)).all())
     assert bool((found >= 0.5 * exact).all())
+
+
+@given(**SYSTEMS, damping=st.sampled_from([0.0, 1e-3, 0.5]))
+def test_damping_is_relative_to_the_largest_singular_value(seed, rows, columns, rank, damping):
+    matrix, right = matrices(seed, rows, columns, rank), normal(seed + 7, COUNT, rows)
+    matrix *= torch.tensor([1e-3, 1, 10, 1e4], dtype=torch.float64)[:, None, None]
+    options = {"tolerance": 1e-13, "max_steps": 500}
+    found, convergence = damped_cgls(*products(matrix), right, damping=damping, **options)
+    if damping:
+        largest = largest_singular_value(*products(matrix), right)
+        expected = damped(matrix, right, damping * largest.square())
+    else:
+        expected = pseudo_inverse(matrix, right)
+    assert bool(convergence.converged.all())
+    for k in range(COUNT):  # each on the scale of its own
+        assert relative(found[k], expected[k]) < 1e-9
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_largest_singular_value_of_what_is_not_finite(bad):
+    """It is said of the sample, and of no other."""
+    matrix = matrices(0, 4, 5, 4)
+    matrix[1, 0, 0] = bad
+    found = largest_singular_value(*products(matrix), normal(1, COUNT, 4))
+    assert found.isnan().tolist() == [False, True, False, False]
 
 
 def test_the_largest_singular_value_of_nothing():

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frfx.linalg.jacobian import Jacobian
 from tests.oracles import integers, jacobian, normal, relative
@@ -25,7 +26,46 @@ def _gate(x: Tensor) -> Tensor:
     return x * F.hardsigmoid((x @ W).mean(1, keepdim=True))
 
 
-CASES: dict[str, Callable[[Tensor], Tensor]] = {
+def _own_kernels(x: Tensor) -> Tensor:
+    """Convolves every sample with kernels that are made of it."""
+    kernels = x.tanh().flatten(0, 1)[:, None, :3]
+    return F.conv1d(x.reshape(1, -1, 6), kernels, groups=len(kernels)).reshape(len(x), -1)
+
+
+K = normal(12, 6, 2, 3)
+B, B24, C = normal(13, 6), normal(14, 24), normal(15, 24).exp()
+aten = torch.ops.aten
+
+LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "convolution": lambda x: torch.tanh(F.conv1d(x, K, B, 2, 2, groups=2)) @ W[:4],
+    "dilated convolution": lambda x: F.conv1d(x.exp(), K, stride=1, dilation=2, groups=2),
+    "planes": lambda x: F.conv2d(x[:, None].sin(), normal(1, 3, 1, 2, 3), B[:3], (1, 2), (0, 1)),
+    "space": lambda x: F.conv3d(x[:, None, None], normal(1, 2, 1, 1, 2, 2), padding="valid"),
+    "same": lambda x: F.conv1d(x.sin(), K, B, padding="same", groups=2),
+    "transposed convolution": lambda x: F.conv_transpose1d(
+        x.sin(), K[:4], B[:4], 2, 1, output_padding=1, groups=2
+    ),
+    "transposed in planes": lambda x: F.conv_transpose2d(
+        x[:, None], normal(1, 1, 2, 2, 2), None, (2, 1), dilation=(1, 2)
+    ),
+    "exported convolution": lambda x: aten.conv1d.default(x, K, B, [1], [1], [1], 2),
+    "exported transpose": lambda x: aten.conv_transpose2d.input(x[:, None], K[:1, :, None]),
+    "batch norm": lambda x: torch.relu(
+        F.batch_norm(x, B[:4], B[:4].exp(), W[0, :4], W[1, :4], eps=0.1)
+    ),
+    "batch norm of matrices": lambda x: F.batch_norm(
+        x.flatten(1).sin(), normal(1, 24), C, None, B24
+    ),
+    "exported batch norm": lambda x: aten.batch_norm.default(
+        x, None, None, B[:4], B[:4].exp(), False, 0.1, 1e-5, False
+    ),
+    "kernels of the feature": _own_kernels,
+    "the feature as kernels": lambda x: F.conv1d(normal(1, 1, 4, 9), x).transpose(0, 1),
+    "an offset of the feature": lambda x: F.conv1d(x, K, x[0, 0] * 0, groups=2),
+}
+"""Layers that are affine maps, or might be taken for one."""
+
+CASES: dict[str, Callable[[Tensor], Tensor]] = LAYERS | {
     "linear": lambda x: x @ W,
     "residual": lambda x: x + torch.tanh(x @ W),
     "relu": lambda x: torch.relu(x @ W) @ W,
@@ -62,6 +102,33 @@ def test_both_products(name, seed, count):
     pairs = (forward * cotangent).sum(1), (tangent * back).sum(1)
     torch.testing.assert_close(*pairs)
     assert not products.couples_samples()
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts what convolves, there and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "convolution" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_product_convolves_once_a_layer(trained):
+    """The weight's part of the second derivative, which nobody asks for, is not made."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.ConvTranspose2d(3, 2, 3, 2)
+    )
+    model.double().eval().requires_grad_(trained)
+    products = Jacobian(model, normal(0, 2, 2, 5, 5))
+    for product, entries in ((products.mv, 50), (products.rmv, 98)):
+        with Convolutions() as convolutions:
+            found = product(normal(1, 2, entries))
+        assert convolutions.count == 2
+        assert not found.requires_grad
 
 
 class Gated(nn.Module):
