@@ -9,11 +9,11 @@ from torch import Tensor
 
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.conjugate_gradients import Convergence
-from frfx.linalg.dense import Dense, written_out_bytes
+from frfx.linalg.dense import Dense, write_out, written_out_bytes
 from frfx.linalg.iterative import MAX_STEPS, TOLERANCE, Iterative, IterativeFactor
 from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed
 from frfx.linalg.polyphase import Polyphase
-from frfx.linalg.pseudo_inverse import Factor, Spectrum
+from frfx.linalg.pseudo_inverse import Factor, Spectrum, singular_values
 from frfx.linalg.separable import Separable
 from frfx.linalg.spectral import FACTOR_MEMORY, Spectral
 
@@ -23,7 +23,7 @@ SolverName = Literal["auto", "dense", "spectral", "iterative"]
 SOLVERS = ("auto", "dense", "spectral", "iterative")
 
 _WRITE_OUT = 1 << 25
-"""Operators whose matrix in double fits into this many bytes may be written out."""
+"""Operators whose matrices, one a group, fit into this many bytes in double may be written out."""
 
 _WELL_CONDITIONED = 100.0
 """Condition number up to which an exact solution is worth its deviation, and quickly found."""
@@ -118,14 +118,15 @@ class Solver:
 
     def _approximated(self, operator: Convolution | Transposed, backend: Backend) -> Choice:
         """Choose where the circular model is not the operator."""
+        conv = operator.of if isinstance(operator, Transposed) else operator
         if written_out_bytes(operator) <= _WRITE_OUT:
-            factor: Factor = self._dense.prepare(operator)
-            solver, note = self._if_ill_conditioned(factor.spectrum.condition)
-            if solver is not self:
-                factor = solver._dense.prepare(operator)
-            return Choice(factor, "dense", f"padded and small: written out as a matrix; {note}")
-        model = Polyphase(operator.of if isinstance(operator, Transposed) else operator)
-        spectrum = model.spectrum(0.0)
+            singular = singular_values(write_out(operator).double())
+            spectrum = Spectrum(float(singular.amax()), float(singular.amin()), deficient=False)
+            solver, note = self._if_ill_conditioned(spectrum.condition)
+            factor: Factor = solver._dense.prepare(operator, backend, spectrum)
+            form = "a matrix a group" if conv.groups > 1 else "a matrix"
+            return Choice(factor, "dense", f"padded and small: written out as {form}; {note}")
+        spectrum = Polyphase(conv).spectrum(0.0)
         condition = spectrum.condition
         solver, note = self._if_ill_conditioned(condition)
         cuts = self.rcond is not None and self.rcond * condition >= 1  # no iteration could

@@ -17,6 +17,7 @@ from frfx.linalg.pseudo_inverse import (
     Factor,
     Spectrum,
     default_rcond,
+    effective_rcond,
     gram_matrix,
     inverse_gram,
     nbytes,
@@ -29,6 +30,8 @@ _GRAM_UP_TO = 1e3
 """Squared condition number up to which a pseudo-inverse may stay in two parts: as the inverse of
 the Gram matrix is rounded to the precision of the weights, the rounding is multiplied by it."""
 
+_COLUMNS = 4096
+"""Columns of a matrix that are written out at a time."""
 
 _SUMMED_IN_SINGLE = 1 << 12
 """Products that are summed in single at most for the Gram matrix of such a matrix, then in double.
@@ -37,18 +40,18 @@ _SUMMED_IN_SINGLE = 1 << 12
 
 @dataclass(frozen=True)
 class MatrixFactor(Factor):
-    """The pseudo-inverse of a matrix.
+    """The pseudo-inverse of a matrix, or of a batch that together makes up one operator.
 
     Attributes:
-        inverse: Shape (n, m).
-        spectrum: The matrix's singular values in short.
+        inverse: Shape (..., n, m).
+        spectrum: The singular values in short.
     """
 
     inverse: Tensor
     spectrum: Spectrum
 
     def solve(self, residual: Tensor) -> Tensor:
-        """Map residuals (..., m) to deviations (..., n)."""
+        """Map residuals (..., m) to deviations (..., n); of a batch, (..., N, m)."""
         return matmul(residual.to(self.inverse.dtype), self.inverse.mT)
 
     def correct(self, x: Tensor, target: Tensor, output: Tensor) -> Tensor:
@@ -168,24 +171,30 @@ class WindowFactor(Factor):
 
 @dataclass(frozen=True)
 class WrittenOutFactor(Factor):
-    """The pseudo-inverse of an operator that was written out as one matrix.
+    """The pseudo-inverse of an operator that was written out, as a matrix a group.
 
     Attributes:
-        factor: The matrix's.
+        factor: That of the matrix, or of a batch of them.
         shape: The shape of a deviation.
+        groups: How many matrices there are.
     """
 
     factor: Factor
     shape: tuple[int, ...]
+    groups: int
 
     @property
     def spectrum(self) -> Spectrum:  # type: ignore[override]
-        """The matrix's singular values in short."""
+        """The singular values of all matrices in short."""
         return self.factor.spectrum
 
     def solve(self, residual: Tensor) -> Tensor:
         """Map residuals (N, *out_shape) to deviations (N, *in_shape)."""
-        return self.factor.solve(residual.flatten(1)).unflatten(1, self.shape)
+        if self.groups == 1:
+            return self.factor.solve(residual.flatten(1)).unflatten(1, self.shape)
+        by_group = residual.reshape(len(residual), self.groups, -1).transpose(0, 1)
+        deviation = self.factor.solve(by_group).transpose(0, 1)
+        return deviation.reshape(len(residual), *self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -211,8 +220,15 @@ class Dense:
         self,
         operator: Matrix | Diagonal | Separable | Convolution | Transposed,
         backend: Backend = torch_backend,
+        spectrum: Spectrum | None = None,
     ) -> Factor:
-        """Factor an operator; single products of matrices stay with torch on every backend."""
+        """Factor an operator; single products of matrices stay with torch on every backend.
+
+        Args:
+            operator: What is factored.
+            backend: Not used.
+            spectrum: Of an operator that is written out: its singular values where they are known.
+        """
         del backend
         if isinstance(operator, Separable):
             return separable.prepare(operator, self.rcond, self.damping)
@@ -224,12 +240,19 @@ class Dense:
             return self._windows(operator, transposed=False)
         if isinstance(operator, Transposed) and operator.of.disjoint:
             return self._windows(operator.of, transposed=True)
-        return WrittenOutFactor(self._matrix(write_out(operator)), operator.in_shape)
+        matrices = write_out(operator)
+        groups = len(matrices)
+        if groups == 1:
+            factor = self._matrix(matrices[0], spectrum)
+        else:
+            factor = self._batch(matrices, spectrum)
+        return WrittenOutFactor(factor, operator.in_shape, groups)
 
     def _cutoff(self, dtype: torch.dtype, size: int) -> float:
-        return default_rcond(dtype, size) if self.rcond is None else self.rcond
+        rcond = default_rcond(dtype, size) if self.rcond is None else self.rcond
+        return effective_rcond(rcond, self.damping)
 
-    def _matrix(self, matrix: Tensor) -> Factor:
+    def _matrix(self, matrix: Tensor, known: Spectrum | None = None) -> Factor:
         rows, columns = matrix.shape
         dtype = solve_dtype(matrix.dtype)
         exact = matrix.dtype == torch.float64
@@ -241,25 +264,31 @@ class Dense:
             product = gram_matrix(first.contiguous()).double()
             for part in parts:
                 product += gram_matrix(part.contiguous())
-            inverse, spectrum = inverse_gram(product, cutoff, self.damping)
+            scale = None if known is None else known.largest
+            inverse, spectrum = inverse_gram(product, cutoff, self.damping, scale)
+            spectrum = spectrum if known is None else known.cut_off(cutoff)
             if (1 + self.damping) <= _GRAM_UP_TO * (spectrum.condition**-2 + self.damping):
                 return GramFactor(matrix, inverse.to(dtype).contiguous(), spectrum)
+        return self._batch(matrix, known)
+
+    def _batch(self, matrices: Tensor, known: Spectrum | None = None) -> MatrixFactor:
+        """Factor matrices (..., m, n), whose singular values may be known."""
+        cutoff = self._cutoff(matrices.dtype, max(matrices.shape[-2:]))
         inverse, spectrum = pseudo_inverse(
-            matrix.double(), exact=exact, rcond=cutoff, damping=self.damping
+            matrices.double(),
+            exact=matrices.dtype == torch.float64,
+            rcond=cutoff,
+            damping=self.damping,
+            scale=None if known is None else known.largest,
         )
-        return MatrixFactor(inverse.to(dtype).contiguous(), spectrum)
+        spectrum = spectrum if known is None else known.cut_off(cutoff)
+        return MatrixFactor(inverse.to(solve_dtype(matrices.dtype)).contiguous(), spectrum)
 
     def _windows(self, operator: Convolution, transposed: bool) -> WindowFactor:
         kernel = operator.kernel
-        matrices = kernel.double().flatten(1).unflatten(0, (operator.groups, -1))
-        inverse, spectrum = pseudo_inverse(
-            matrices,
-            exact=kernel.dtype == torch.float64,
-            rcond=self._cutoff(kernel.dtype, max(matrices.shape[1:])),
-            damping=self.damping,
-        )
-        inverse = inverse.mT.reshape(kernel.shape).to(solve_dtype(kernel.dtype)).contiguous()
-        return WindowFactor(inverse, operator, transposed, spectrum)
+        factor = self._batch(kernel.flatten(1).unflatten(0, (operator.groups, -1)))
+        inverse = factor.inverse.mT.reshape(kernel.shape).contiguous()
+        return WindowFactor(inverse, operator, transposed, factor.spectrum)
 
     def _diagonal(self, diagonal: Tensor) -> DiagonalFactor:
         scale = diagonal.double()
@@ -272,18 +301,25 @@ class Dense:
 
 
 def written_out_bytes(operator: Convolution | Transposed) -> int:
-    """Return the memory, in bytes, of an operator written out as a matrix in double."""
-    return 8 * math.prod(operator.in_shape) * math.prod(operator.out_shape)
+    """Return the memory, in bytes, of an operator written out as matrices in double."""
+    entries = math.prod(operator.in_shape) * math.prod(operator.out_shape)
+    return 8 * entries // _convolution(operator).groups
 
 
 def write_out(operator: Convolution | Transposed) -> Tensor:
-    """Return the matrix of an operator, shape (outputs, inputs), in the type of its kernel."""
-    kernel = operator.kernel
-    inputs = math.prod(operator.in_shape)
+    """Return an operator's matrices (groups, outputs, inputs), in the type of its kernel."""
+    kernel, groups = operator.kernel, _convolution(operator).groups
+    inputs = math.prod(operator.in_shape) // groups
     columns = []
-    for start in range(0, inputs, 4096):
-        count = min(4096, inputs - start)
-        basis = torch.zeros(count, inputs, dtype=kernel.dtype, device=kernel.device)
-        basis[torch.arange(count), torch.arange(start, start + count)] = 1
-        columns.append(operator.mv(basis.unflatten(1, operator.in_shape)).flatten(1))
-    return torch.cat(columns).mT
+    for start in range(0, inputs, _COLUMNS):
+        count = min(_COLUMNS, inputs - start)
+        # An entry of every group at once: none of them reads what another one does.
+        basis = torch.zeros(count, groups, inputs, dtype=kernel.dtype, device=kernel.device)
+        basis[torch.arange(count), :, torch.arange(start, start + count)] = 1
+        image = operator.mv(basis.view(count, *operator.in_shape))
+        columns.append(image.reshape(count, groups, -1))
+    return torch.cat(columns).permute(1, 2, 0)
+
+
+def _convolution(operator: Convolution | Transposed) -> Convolution:
+    return operator.of if isinstance(operator, Transposed) else operator

@@ -67,7 +67,12 @@ CHOICES = {
         "dense",
         "written out",
     ),
-    "padded": (SAME, "dense", "small: written out as a matrix"),
+    "padded": (SAME, "dense", "small: written out as a matrix;"),
+    "padded, depthwise": (
+        Convolution(torch.rand(500, 1, 3, 3), (8, 8), padding=((1, 1), (1, 1)), groups=500),
+        "dense",  # as one matrix it would take 8 GiB
+        "written out as a matrix a group",
+    ),
     "transposed": (Transposed(Convolution(WELL, (6, 6))), "dense", "written out as a matrix"),
 }
 
