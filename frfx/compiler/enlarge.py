@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from frfx import vocabulary
 from frfx.compiler.forward import call_of, is_hooked, without_hooks
 from frfx.compiler.stage import Shorter, Stage, Walk
 from frfx.linalg import Matrix, Separable
@@ -25,6 +26,14 @@ from frfx.ops import Op, Shape
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion
 from frfx.rules.pool import AdaptiveInversion
 from frfx.rules.shape import PassThrough, Reshape
+
+_KEEPING = {
+    vocabulary.identity,
+    vocabulary.dropout,
+    vocabulary.stochastic_depth,
+    vocabulary.reshape,
+}
+"""Ops that leave all entries as they are, and in their order."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +166,8 @@ def find(walk: Walk, pool: Stage) -> list[Stage] | None:
         inversion = walk.inversion(stage)
         if stage.step.op.spelling is nn.Linear and type(inversion) is AffineInversion:
             return chain[::-1]
-        if type(inversion) not in (PassThrough, Reshape):
-            return None
+        if stage.step.op.type not in _KEEPING or type(inversion) not in (PassThrough, Reshape):
+            return None  # what is passed through may still be changed on the way there, as by ReLU
     return None
 
 

@@ -25,7 +25,7 @@ from frfx.rules.axis import Axis, RegularAxis, highest
 from frfx.rules.max_pool import MaxPoolMinimalRule, geometry
 from frfx.rules.windows import spatial_dims
 
-_INCREASING = frozenset(
+INCREASING = frozenset(
     {
         vocabulary.tanh,
         vocabulary.sigmoid,
@@ -171,10 +171,10 @@ def pool_first(traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node
 
 
 def _is_increasing(node: fx.Node, traced: Traced, live: set[fx.Node]) -> bool:
-    if op_type(node, traced.root) not in _INCREASING:
+    if op_type(node, traced.root) not in INCREASING:
         return False
     op = bind(node, traced, live)
-    return op.type in _INCREASING and set(op.inputs) == {"input"} and not op.computed
+    return op.type in INCREASING and set(op.inputs) == {"input"} and not op.computed
 
 
-__all__ = ["Pooling", "pool_first", "windows"]
+__all__ = ["INCREASING", "Pooling", "pool_first", "windows"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from frfx import vocabulary
 from frfx.compiler.forward import call_of, without_hooks
-from frfx.compiler.pooling import Pooling, windows
+from frfx.compiler.pooling import INCREASING, Pooling, windows
 from frfx.compiler.stage import Shorter, Stage, Walk
 from frfx.recording import is_recorded
 from frfx.rules.activation import ElementwiseInversion
@@ -124,6 +124,8 @@ def find(walk: Walk, stage: Stage) -> tuple[Stage, Stage] | None:
     ):
         return None  # a subclass may do something else
     if pool.step.op.type is not vocabulary.max_pool or not inversion.function.increases:
+        return None
+    if op.type not in INCREASING:  # a policy may invert it as if it were another
         return None
     if set(op.inputs) != {"input"} or op.computed or not walk.answers(stage):
         return None

@@ -21,7 +21,8 @@ class LayerInfo:
 
     Attributes:
         index: The paper's layer number `l` if this node is `a_l`, the value that the next
-            convolution or linear op reads; the logits are `a_L`. None for other nodes.
+            convolution or linear op reads; the input is `a_0`, the logits are `a_L`. None for other
+            nodes.
         name: The node's name as torchvision's feature extraction spells it.
         op: The name of its operation.
         parameters: How many parameters the layer `index` has (convolution or linear op,
@@ -133,13 +134,18 @@ class Network:
         return kind is not None and kind.parametric
 
     def layer_nodes(self) -> list[fx.Node] | None:
-        """Return `[a_0, a_1, ..., a_L]`, or None if the network branches between its layers."""
+        """Return `[a_0, a_1, ..., a_L]`; None if layers have no numbers, as `_unnumbered` tells."""
         chain = set(self.dominators(self.traced.input))
         parametric = self.parametric()
         if not parametric or not chain.issuperset(parametric):
             return None
-        reads = [next(iter(self.flow.predecessors(node))) for node in parametric]
-        return [*reads, self.logits()]
+        reads = [next(iter(self.flow.predecessors(node))) for node in parametric[1:]]
+        return [self.traced.input, *reads, self.logits()]
+
+    def _unnumbered(self) -> str:
+        if self.parametric():
+            return "branches between its layers"
+        return "has no convolution and no linear layer"
 
     def logits(self) -> fx.Node:
         """Return the output, or what a trailing softmax, log-softmax or argmax reads."""
@@ -174,7 +180,9 @@ class Network:
             op = node.op if kind is None else kind.name
             name = self.traced.paths[node]
             rows.append(LayerInfo(index.get(node), name, op, sizes.get(node, 0)))
-        note = "" if numbered else "The network branches between its layers: use names."
+        note = (
+            "" if numbered else f"The network {self._unnumbered()}: use names, or 0 for the input."
+        )
         return Layers(rows, note)
 
     def _parameter_counts(self, numbered: Sequence[fx.Node]) -> list[int]:
@@ -187,19 +195,30 @@ class Network:
         return counts
 
     def parameters(self, nodes: set[fx.Node]) -> list:
-        """Return the parameters that a set of nodes reads, each once, in forward order."""
+        """Return the parameters that a set of nodes reads, each once, in forward order.
+
+        Among them those that a weight is computed of in the graph.
+        """
         found: dict[int, object] = {}
-        root = self.traced.root
+        root, read = self.traced.root, self._with_weights(nodes)
         owned = dict(root.named_parameters(remove_duplicate=False))
         for node in self.traced.graph.nodes:
-            if node not in nodes:
+            if node not in read:
                 continue
             if node.op == "call_module":
                 found |= {id(p): p for p in root.get_submodule(node.target).parameters()}
-            for source in node.all_input_nodes:
-                if source.op == "get_attr" and source.target in owned:
-                    found[id(owned[source.target])] = owned[source.target]
+            elif node.op == "get_attr" and node.target in owned:
+                found[id(owned[node.target])] = owned[node.target]
         return list(found.values())
+
+    def _with_weights(self, nodes: set[fx.Node]) -> set[fx.Node]:
+        """Return nodes and what they read that is no activation, nor computed of one."""
+        found, waiting = set(nodes), list(nodes)
+        while waiting:
+            sources = set(waiting.pop().all_input_nodes) - found - set(self.flow)
+            found |= sources
+            waiting += sources
+        return found
 
     def find(self, layer: int | str) -> fx.Node:
         """Return the node that the paper's layer number or torchvision's name stands for.
@@ -207,15 +226,15 @@ class Network:
         Raises:
             LayerError: If there is none; names the nearest, or the range.
         """
-        numbered = self.layer_nodes()
         if isinstance(layer, int) and not isinstance(layer, bool):
+            if layer == 0:
+                return self.traced.input
+            numbered = self.layer_nodes()
             if numbered is None:
-                names = ", ".join(
-                    repr(row.name) for row in self.layers() if row.op != "placeholder"
-                )
+                rows = (row for row in self.layers() if row.op != "placeholder")
                 raise LayerError(
-                    f"layer {layer}: this network branches between its layers, so they have no "
-                    f"numbers. Use a name: {names}"
+                    f"layer {layer}: this network {self._unnumbered()}, so there is no "
+                    f"number but 0, the input. Use a name: {', '.join(repr(r.name) for r in rows)}"
                 )
             if not 0 <= layer < len(numbered):
                 raise LayerError(

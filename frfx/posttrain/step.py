@@ -35,8 +35,7 @@ class PostTraining(nn.Module):
     Args:
         model: The network. Its trained parameters are the ones that an optimizer changes.
         upto_layer: `l_R`, the last trained layer; an int or a node's name, as for `frfx.invert`.
-        freeze_upto: `l_S`, the last layer of the frozen front; 0 trains from the input on, whether
-            or not the layers have numbers.
+        freeze_upto: `l_S`, the last layer of the frozen front; 0 trains from the input on.
         alpha: The weight of the reconstruction loss in Eq. 3, in [0, 1]. With 0 this is plain
             post-training of the module by backpropagation, and nothing is reconstructed. With 1
             nothing is backpropagated through the frozen tail, and the tail is run for the targets
@@ -95,8 +94,7 @@ class PostTraining(nn.Module):
         self.reconstruction_loss = reconstruction_loss
         traced = trace(evaluation_view(model), example_input, output)
         network = Network(traced)
-        start = traced.input if freeze_upto == 0 else network.find(freeze_upto)
-        end, logits = network.find(upto_layer), network.logits()
+        start, end, logits = network.find(freeze_upto), network.find(upto_layer), network.logits()
         trained_nodes = _between(network, start, end)
         self._trained = _trained_parameters(network, trained_nodes, start, end)
         self._modules_trained = _trained_modules(traced, trained_nodes)

@@ -231,6 +231,27 @@ def test_a_rule_of_ones_own_is_asked():
         assert not torch.allclose(found, frfx.invert(model, "0")(x, y))
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        frfx.policy.paper(),  # whose rule of ReLU is the identity
+        frfx.policy.minimal().override(node="2", rule=frfx.rules.IdentityRule()),
+    ],
+    ids=["paper", "override"],
+)
+def test_what_lets_the_target_through_may_still_compute_something(policy):
+    """Only ops that leave all values as they are may lie between the two."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Tanh(), nn.AdaptiveAvgPool2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 4)
+    ).double()
+    x, y = batch(2, 2)
+    with torch.no_grad():
+        inverse = frfx.invert(model, "0", policy=policy)
+        torch.testing.assert_close(inverse(x, y), in_turn(inverse, x, y))
+    assert not maps_of(inverse)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_rounded_once(dtype):
     model = network((3, 3), 7).to(dtype)

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 import frfx
 from frfx import networks
@@ -196,8 +197,8 @@ def test_normalisation_and_activation_belong_to_their_layer():
         nn.Softmax(-1),
     )
     rows = {row.index: row for row in frfx.layers(model) if row.index is not None}
-    assert {index: row.name for index, row in rows.items()} == {0: "0", 1: "4", 2: "5"}
-    assert [rows[i].parameters for i in range(3)] == [2, 18 + 2 + 4 + 1, 96]
+    assert {index: row.name for index, row in rows.items()} == {0: "input", 1: "4", 2: "5"}
+    assert [rows[i].parameters for i in range(3)] == [0, 2 + 18 + 2 + 4 + 1, 96]
 
 
 def test_parameters_of_functions_are_counted():
@@ -218,10 +219,46 @@ def test_parameters_of_functions_are_counted():
     ]
 
 
+class Computed(nn.Module):
+    """Weights that the graph computes: of a factor, of two factors added, and standardised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(5, 6))
+        self.a, self.b = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 5))
+        self.second = nn.Linear(5, 4)
+        self.third = weight_norm(nn.Linear(4, 3, bias=False))
+
+    def forward(self, x):
+        x = F.linear(x, self.first - self.first.mean(1, keepdim=True)).tanh()
+        x = F.linear(x, self.second.weight + self.a @ self.b, self.second.bias).tanh()
+        return self.third(x)
+
+
+def test_parameters_that_weights_are_computed_of_are_counted():
+    rows = [row for row in frfx.layers(Computed()) if row.index is not None]
+    assert [row.parameters for row in rows] == [0, 30, 20 + 4 + 8 + 10, 3 + 12]
+
+
+def test_layer_0_is_the_input():
+    """Whatever is done to it before the first layer, and where layers have no other numbers."""
+    for model in (
+        nn.Sequential(nn.Tanh(), nn.Linear(4, 4)),
+        nn.Conv1d(1, 2, 3, padding=1, padding_mode="reflect"),
+        nn.Sequential(nn.AvgPool1d(2)),
+        Branching(),
+    ):
+        network = network_of(model)
+        assert network.find(0) is network.traced.input
+
+
 def test_network_without_layers():
     """No convolution, no linear op: names only."""
     rows = frfx.layers(nn.Sequential(nn.Flatten(), nn.Tanh()))
     assert all(row.index is None for row in rows)
+    assert "has no convolution and no linear layer: use names" in rows.note
+    with pytest.raises(frfx.LayerError, match=r"no number but 0, the input\. Use a name: '0', '1'"):
+        frfx.invert(nn.Sequential(nn.Flatten(), nn.Tanh()), 1)
     inverse = frfx.invert(nn.Sequential(nn.Flatten(), nn.Tanh()), "0")
     assert inverse(torch.randn(3, 2, 2), torch.arange(3)).shape == (3, 4)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 import frfx
 from frfx import networks
@@ -149,6 +150,19 @@ def test_tied_weights_cannot_be_trained_and_frozen():
     tied = nn.Sequential(first, nn.Tanh(), second)
     with pytest.raises(frfx.LayerError, match=r"0\.weight.*trained and by the frozen"):
         frfx.PostTraining(tied, upto_layer=1)
+
+
+def test_what_a_weight_is_computed_of_is_trained():
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 5), nn.Tanh(), weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)
+    model = nn.Sequential(*layers)
+    x, y = torch.randn(8, 6), torch.arange(8) % 3
+    with frfx.PostTraining(model, freeze_upto=1, upto_layer=2, alpha=1, policy="joint") as step:
+        trained = step.trained_parameters()
+        assert {id(p) for p in trained} == set(map(id, layers[2].parameters()))
+        assert len(trained) == 3
+        step(x, y).total.backward()
+        assert all(p.grad is not None and p.grad.any() for p in trained)
 
 
 def test_alpha_out_of_range(model):
