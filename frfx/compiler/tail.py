@@ -180,9 +180,7 @@ class Network:
             op = node.op if kind is None else kind.name
             name = self.traced.paths[node]
             rows.append(LayerInfo(index.get(node), name, op, sizes.get(node, 0)))
-        note = (
-            "" if numbered else f"The network {self._unnumbered()}: use names, or 0 for the input."
-        )
+        note = "" if numbered else f"The network {self._unnumbered()}: use names."
         return Layers(rows, note)
 
     def _parameter_counts(self, numbered: Sequence[fx.Node]) -> list[int]:
