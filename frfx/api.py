@@ -31,6 +31,8 @@ def invert(
 ) -> Inverse:
     """Compile a trained network into the graph that runs it backwards down to a layer.
 
+    While it traces, torch.fx patches `nn.Module` for all threads: none may run a model meanwhile.
+
     Args:
         model: The network; one input tensor (N, ...), one output tensor, or several of which
             `output` names one. It is not changed. In whatever mode it is, it is inverted as in

@@ -140,6 +140,12 @@ class Inverse(fx.GraphModule):
     model's own parameters: a weight that is changed is noticed at the next call (except a write
     through `.data`, which torch does not count: call `refresh` after one). Moving the inverse gives
     it parameters of its own and leaves the model where it is. It is always in evaluation mode.
+    A submodule that takes the place of another in the model is not noticed: invert anew. One thread
+    at a time may call an inverse; each has one of its own, if several do (`copy.copy`).
+
+    Gradients flow to the input, the target, and the weights as far as the forward values depend on
+    them; what is solved with (`A+`) counts as constant, and some steps give none (regions, joint
+    inversion, attention by rules).
 
     Attributes:
         model: The network, as a view that shares the model's parameters.

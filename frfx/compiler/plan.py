@@ -252,9 +252,9 @@ class _Planner:
             self.answered.add(node.all_input_nodes[0])
             if not isinstance(node.args[1], int):
                 reason = "it takes several parts of a tuple at once"
-                remedy = (
-                    'take them one by one, or solve the branches as a region: branches="region"'
-                )
+                remedy = "take them one by one"
+                if self._policy.branches != "region":
+                    remedy += ', or solve the branches as a region: branches="region"'
                 self._problems.append(_problem(op, reason, None, remedy))
             return
         sources = {op.inputs[name] for name in op.free}
@@ -318,11 +318,14 @@ def _with_shapes(
 def _problem(op: Op, reason: str, rule: Rule | None, remedy: str | None = None) -> UnsupportedOp:
     spelling = describe(op.spelling)
     kind = spelling if op.type is None else f"{op.type.name} ({spelling})"
-    if remedy is None and rule is None:
+    if remedy is None:
         remedy = f"@frfx.register_rule({spelling}) on a subclass of frfx.rules.Rule"
-    elif remedy is None:
-        remedy = (
-            f"policy.override(node={op.path!r}, rule=MyRule()), or "
-            f"@frfx.register_rule({spelling}, overwrite=True) on a subclass of frfx.rules.Rule"
-        )
+        if rule is not None:
+            remedy = (
+                f"policy.override(node={op.path!r}, rule=MyRule()), or "
+                f"@frfx.register_rule({spelling}, overwrite=True) on a subclass of frfx.rules.Rule"
+            )
+        if len({op.inputs[name] for name in op.free}) == 1 and op.type not in vocabulary.HEADS:
+            region = f"policy.override(node={op.path!r}, rule=frfx.rules.RegionRule())"
+            remedy = f"{region} if it has a derivative; {remedy}"
     return UnsupportedOp(op.path, kind, op.show_shapes(), reason, remedy)
