@@ -124,6 +124,17 @@ class Policy:
             return None
         return factory(**{name: value for name, value in options.items() if name in taken})
 
+    def unread_options(self, op: Op, rule: Rule) -> list[str]:
+        """Return the options that the node itself has been given and that its rule does not have.
+
+        Args:
+            op: What is inverted there.
+            rule: Its rule.
+        """
+        change = self.by_node.get(op.path) or self.by_node.get(op.name)
+        known = {field.name for field in fields(rule)}
+        return [] if change is None else [name for name in change.options if name not in known]
+
     def check_nodes(self, names: set[str], inside: set[str]) -> None:
         """Raise `PolicyError` for overrides of nodes that have no step of their own.
 

@@ -182,6 +182,8 @@ def test_rcond_and_damping_may_be_none():
         ({"tolerance": 0.0}, "tolerance=0.0 does not lie between 0 and 1"),
         ({"tolerance": 1}, "tolerance=1 does not lie between 0 and 1"),
         ({"max_steps": 0}, "max_steps=0 is less than one step"),
+        ({"max_steps": "a"}, "max_steps='a' is less than one step, or no whole number"),
+        ({"tolerance": "a"}, "tolerance='a' does not lie between 0 and 1"),
     ],
 )
 def test_solver_options_that_make_no_sense(option, text):
@@ -269,6 +271,19 @@ def test_unknown_node_gets_the_nearest():
     )
     with pytest.raises(frfx.PolicyError, match="overrides 'first', which is no node between"):
         frfx.invert(model, "first", policy=policy.paper().override(node="first", damping=1.0))
+
+
+def test_options_that_the_rule_of_a_node_does_not_have():
+    """All of them at once; of an op, whose rules differ by policy, they are none of a mistake."""
+    model = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3))
+    chosen = policy.minimal().override(node="1", solver="iterative", max_steps=3)
+    chosen = chosen.override(node="3", damping=0.1, clamp_margin=0.1)
+    with pytest.raises(frfx.PolicyError) as caught:
+        frfx.invert(model, "0", policy=chosen)
+    text = str(caught.value)
+    assert "'1': ElementwiseRule(tanh) has no solver, no max_steps, but function, clamp_m" in text
+    assert "; '3': LinearRule(damping=0.1) has no clamp_margin, but " in text
+    frfx.invert(model, "0", policy=policy.minimal().override(op=nn.Tanh, damping=0.1))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from frfx.compiler.regions import (
     top,
 )
 from frfx.compiler.tail import Network, Tail
-from frfx.errors import LayerError, UnsupportedOp, UnsupportedOpsError
+from frfx.errors import LayerError, PolicyError, UnsupportedOp, UnsupportedOpsError
 from frfx.joint import JointRule
 from frfx.ops import Op, Shape, describe
 from frfx.policy import Policy
@@ -120,7 +120,8 @@ def make_plan(
 
     Raises:
         UnsupportedOpsError: If some ops cannot be inverted; names all of them.
-        PolicyError: If the policy overrides a node that is not there.
+        PolicyError: If the policy overrides a node that is not there, or gives one options that its
+            rule does not have.
         LayerError: If the policy cuts the tail where a path goes past the cut, or no rule answers
             for the cut.
     """
@@ -142,8 +143,8 @@ def draft_plan(
         shapes: The activations' shapes without the batch, if they are known already.
 
     Raises:
-        PolicyError: If the policy overrides a node that is not there; not told where problems
-            leave open which nodes have a rule.
+        PolicyError: If the policy overrides a node that is not there, or gives one options that its
+            rule does not have; not told where problems leave open which nodes have a rule.
         LayerError: If the policy cuts the tail where a path goes past the cut; or no rule answers
             for the cut, though all ops can be inverted.
     """
@@ -170,6 +171,11 @@ def draft_plan(
             'at its forward value. Cut elsewhere, or take branches="region"'
         )
     if not problems:
+        if planner.unread:
+            listed = "; ".join(reversed(planner.unread))
+            raise PolicyError(
+                f"the policy gives options that a node's rule does not have: {listed}"
+            )
         policy.check_nodes(names, {network.traced.paths[node] for node in tail.nodes})
     beyond = [op_type(node, network.traced.root) for node in above.nodes if node in network.heads]
     plan = Plan(
@@ -188,6 +194,7 @@ class _Planner:
     Attributes:
         steps: The inversions, in the order of the walk back.
         answered: The nodes that have a target.
+        unread: What is said of options that the policy gives a node whose rule does not have them.
     """
 
     def __init__(
@@ -198,6 +205,7 @@ class _Planner:
         self._by_name = {node.name: node for node in network.traced.graph.nodes}
         self.steps: list[Step] = []
         self.answered = {network.output}
+        self.unread: list[str] = []
 
     def heads(self, tail: Tail, *, embeds: bool) -> None:
         """Take labels through softmax, and embed them at the logits."""
@@ -272,8 +280,15 @@ class _Planner:
     def _add(
         self, op: Op, node: fx.Node | None, rule: Rule | None, *, passes_labels: bool = False
     ) -> None:
-        if rule is not None and not passes_labels:
-            rule = wait_for_sizes(rule, op)
+        if rule is not None:
+            unread = self._policy.unread_options(op, rule)
+            if unread:
+                known = ", ".join(field.name for field in fields(rule)) or "none"
+                self.unread.append(
+                    f"{op.path!r}: {rule} has no {', no '.join(unread)}, but {known}"
+                )
+            if not passes_labels:
+                rule = wait_for_sizes(rule, op)
         inputs = tuple(self._by_name[name] for name in op.inputs.values())
         seen = _with_shapes(op, node, inputs, self._shapes)
         reason = "no rule is registered for it" if rule is None else rule.supports(seen)

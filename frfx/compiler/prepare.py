@@ -246,8 +246,9 @@ class Preparation(nn.Module):
             raise TraceMismatchError(
                 f"the graph that {self.traced.front_end} traced does not compute what the model "
                 "computes: its forward probably depends on the input's values or type, draws "
-                "random numbers in evaluation mode, or computes with a buffer that has changed "
-                "since. Give example_input to invert, or rewrite that part of the forward"
+                "random numbers in evaluation mode, switches autocast on, or computes with a "
+                "buffer that has changed since; or a hook of the model changes what it returns. "
+                "Give example_input to invert, or rewrite that part of the forward"
             )
 
     def _check_target(self, x: Tensor, target: Any, shapes: Mapping[fx.Node, Shape]) -> Tensor:

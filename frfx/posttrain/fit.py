@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from frfx.compiler.outputs import follow, locate
 from frfx.compiler.prepare import Weights
-from frfx.errors import FrfxError, TargetError
+from frfx.errors import FrfxError, InputError, TargetError, first_line
 from frfx.policy import Policy
 from frfx.posttrain.step import PostTraining
 from frfx.view import evaluation_view
@@ -267,6 +267,7 @@ def accuracy(model: nn.Module, loader: Iterable[Batch], output: str | int | None
             `frfx.invert`.
 
     Raises:
+        InputError: If the model cannot take a batch.
         LayerError: If there is no such output.
         TargetError: If the labels do not fit the outputs, or there are none.
     """
@@ -277,7 +278,12 @@ def accuracy(model: nn.Module, loader: Iterable[Batch], output: str | int | None
     for x, y in loader:
         if weight is not None:
             x = x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
-        value = view(x)
+        try:
+            value = view(x)
+        except Exception as error:  # whatever torch says of an input that does not fit
+            raise InputError(
+                f"the model cannot take a batch of shape {tuple(x.shape)}: {first_line(error)}"
+            ) from error
         scores = follow(value, locate(value, output))
         predicted = scores.argmax(1) if scores.is_floating_point() else scores
         if predicted.shape != y.shape:

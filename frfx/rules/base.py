@@ -316,10 +316,10 @@ class SolverRule(AffineRule):
 def check_iteration(tolerance: float, max_steps: int, unconverged: Unconverged) -> None:
     """Raise `PolicyError` for options that no iterative solver can keep to."""
     check_choice("unconverged", unconverged, ("warn", "raise", "ignore"))
-    if not 0 < tolerance < 1:
+    if not (isinstance(tolerance, (int, float)) and 0 < tolerance < 1):
         raise PolicyError(f"tolerance={tolerance!r} does not lie between 0 and 1")
-    if max_steps < 1:
-        raise PolicyError(f"max_steps={max_steps!r} is less than one step")
+    if not (isinstance(max_steps, int) and max_steps >= 1):
+        raise PolicyError(f"max_steps={max_steps!r} is less than one step, or no whole number")
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

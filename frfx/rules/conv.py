@@ -14,6 +14,11 @@ from frfx.rules.base import Inversion, SolverRule, one_input
 
 Padding = tuple[tuple[int, int], ...]
 
+_ACCURACY = (
+    "exact where dense or iterative, to its tolerance, but damped where padding makes it "
+    "ill-conditioned; spectral: the circular model's"
+)
+
 _GEOMETRY = ("stride", "padding", "output_padding", "dilation", "groups")
 
 
@@ -28,7 +33,7 @@ class ConvolutionRule(SolverRule):
     """
 
     equation = "Eq. 8-20"
-    accuracy = "exact where dense or iterative, to its tolerance; spectral: the circular model's"
+    accuracy = _ACCURACY
     solvers = ("dense", "spectral", "iterative")
 
     def supports(self, op: Op) -> str | None:
@@ -51,7 +56,7 @@ class TransposedConvolutionRule(SolverRule):
     """
 
     equation = "Eq. 4 with the transpose of Eq. 8"
-    accuracy = "exact where dense or iterative, to its tolerance; spectral: the circular model's"
+    accuracy = _ACCURACY
     solvers = ("dense", "spectral", "iterative")
 
     def supports(self, op: Op) -> str | None:

@@ -155,6 +155,7 @@ def test_a_zoo_of_problems():
         '@frfx.register_rule("cumsum") on a subclass of frfx.rules.Rule'
     )
     assert found["norm"].remedy == (
+        "policy.override(node='norm', rule=frfx.rules.RegionRule()) if it has a derivative; "
         "@frfx.register_rule(torch.nn.LocalResponseNorm) on a subclass of frfx.rules.Rule"
     )
 

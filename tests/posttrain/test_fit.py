@@ -231,6 +231,12 @@ def test_accuracy_refuses_labels_of_another_shape(model, shape):
         frfx.accuracy(model, [(torch.randn(4, 1, 8, 8), torch.zeros(shape, dtype=torch.long))])
 
 
+def test_accuracy_of_images_that_do_not_fit(model):
+    text = r"the model cannot take a batch of shape \(4, 3, 8, 8\): RuntimeError: Given groups=1"
+    with pytest.raises(frfx.InputError, match=text):
+        frfx.accuracy(model, [(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))])
+
+
 def test_accuracy_counts_in_evaluation_mode():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.9))
     x = torch.eye(6).view(6, 1, 2, 3).repeat(3, 1, 1, 1)
