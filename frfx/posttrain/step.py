@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
@@ -9,13 +10,16 @@ from types import TracebackType
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
+from frfx import vocabulary
+from frfx.compiler.bind import op_type
 from frfx.compiler.forward import forward_module
 from frfx.compiler.prepare import run_forward
 from frfx.compiler.tail import Network
 from frfx.compiler.trace import Traced, is_output, trace
-from frfx.errors import LayerError, TargetError, TraceMismatchError
+from frfx.errors import LayerError, ModeWarning, TargetError, TraceMismatchError
 from frfx.policy import Policy
 from frfx.posttrain.loss import Losses, Scale, combine
 from frfx.posttrain.targets import Targets
@@ -26,11 +30,13 @@ class PostTraining(nn.Module):
     """Trains the layers `l_S + 1 .. l_R` of a network against reconstructed features (Eq. 1-3).
 
     Creating one freezes everything else: `requires_grad` is switched off for all other parameters
-    until `restore`, or the end of a `with` block. A call computes the loss of a batch. The modules
-    of the trained layers follow the mode of this module (`train()`, `eval()`), the frozen ones are
-    in evaluation mode throughout; the modes of the model itself are not touched. A function to
-    which the model's forward passes `self.training` (`F.dropout`, `F.batch_norm`) does what it does
-    in evaluation mode.
+    until `restore`, or the end of a `with` block, which may be entered again. A call computes the
+    loss of a batch. The modules of the trained layers follow the mode of this module (`train()`,
+    `eval()`), the frozen ones are in evaluation mode throughout; the modes of the model itself are
+    not touched. What the tracer has looked into does what it does in evaluation mode: functions to
+    which the model's forward passes `self.training` (`F.dropout`, `F.batch_norm`), modules of your
+    own that ask for it, parametrizations (the power iteration of spectral norm), and, where
+    `torch.export` traces, all modules.
 
     Args:
         model: The network. Its trained parameters are the ones that an optimizer changes.
@@ -98,6 +104,7 @@ class PostTraining(nn.Module):
         trained_nodes = _between(network, start, end)
         self._trained = _trained_parameters(network, trained_nodes, start, end)
         self._modules_trained = _trained_modules(traced, trained_nodes)
+        _warn_of_mode(traced, trained_nodes)
         self.to_feature = forward_module(traced, (end,))
         self.to_output = forward_module(traced, (end, logits))
         self.targets = None
@@ -113,13 +120,9 @@ class PostTraining(nn.Module):
                 output=output,
             )
         trained = {id(parameter) for parameter in self._trained}
-        self._frozen = [
-            parameter
-            for parameter in model.parameters()
-            if id(parameter) not in trained and parameter.requires_grad
-        ]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+        self._others = [p for p in model.parameters() if id(p) not in trained]
+        self._frozen: list[nn.Parameter] = []
+        self._freeze()
         self.train()
 
     def forward(self, x: Tensor, y: Tensor, target: Tensor | None = None) -> Losses:
@@ -167,8 +170,11 @@ class PostTraining(nn.Module):
         if reconstruction is None or target is None or self.targets is None or self.scale is None:
             return reconstruction
         if self.training:
+            # In the same mode, for what batch norm and dropout add is no less before training.
             with torch.no_grad():
-                before = self.reconstruction_loss(self.targets.forward_feature(x), target)
+                tensors = self.targets.before(self.to_feature)
+                (feature,) = functional_call(self.to_feature, tensors, (x,))
+                before = self.reconstruction_loss(feature, target)
             self.scale.update(before, len(x))
         return self.scale.divide(reconstruction)
 
@@ -179,6 +185,12 @@ class PostTraining(nn.Module):
     def trained_buffers(self) -> list[Tensor]:
         """Return the buffers of the trained layers, which training may change, too."""
         return [buffer for module in self._modules_trained for buffer in module.buffers(False)]
+
+    def _freeze(self) -> None:
+        for parameter in self._others:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
 
     def restore(self) -> None:
         """Give every frozen parameter its gradient back; the trained weights stay as they are."""
@@ -195,6 +207,7 @@ class PostTraining(nn.Module):
         return self
 
     def __enter__(self) -> PostTraining:
+        self._freeze()  # again, where this is not the first time
         return self
 
     def __exit__(
@@ -237,6 +250,20 @@ def _trained_modules(traced: Traced, trained_nodes: list[fx.Node]) -> list[nn.Mo
             root.add_module(node.target, module)
         modules += module.modules()
     return list(dict.fromkeys(modules))
+
+
+def _warn_of_mode(traced: Traced, trained_nodes: list[fx.Node]) -> None:
+    """Warn of what would compute something else in training, but is no module in the graph."""
+    kinds = (vocabulary.batch_norm, vocabulary.dropout, vocabulary.stochastic_depth)
+    functions = [node for node in trained_nodes if node.op != "call_module"]
+    fixed = [traced.paths[n] for n in functions if op_type(n, traced.root) in kinds]
+    if fixed:
+        warnings.warn(
+            f"{traced.front_end} has traced {', '.join(map(repr, fixed))} of the trained layers as "
+            "functions: while training, too, they compute what they do in evaluation mode",
+            ModeWarning,
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

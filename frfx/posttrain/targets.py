@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from frfx.api import invert
-from frfx.compiler.forward import forward_module
 from frfx.policy import Policy
 from frfx.view import evaluation_view
 
@@ -41,7 +40,6 @@ class Targets:
         example_input: Tensor | None,
         output: str | int | None = None,
     ) -> None:
-        shared = {id(tensor) for tensor in _tensors(model)}
         self.inverse = invert(
             evaluation_view(model, own=trained),
             upto_layer,
@@ -50,9 +48,11 @@ class Targets:
             example_input=example_input,
             output=output,
         )
-        self._forward = forward_module(self.inverse.traced, (self.inverse.plan.tail.cut,))
-        own = [tensor for tensor in _tensors(self.inverse.model) if id(tensor) not in shared]
-        self._trained, self._dtype, self._own = trained[0], trained[0].dtype, own
+        now, then = _named(model), _named(self.inverse.model)
+        shared = set(map(id, now.values()))
+        own = {id(tensor): tensor for tensor in then.values() if id(tensor) not in shared}
+        self._pairs = [(t, then[name]) for name, t in now.items() if id(then.get(name)) in own]
+        self._trained, self._dtype, self._own = trained[0], trained[0].dtype, [*own.values()]
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -62,14 +62,18 @@ class Targets:
         with torch.autocast(x.device.type, enabled=False):
             return self.inverse(x.to(dtype), y)
 
-    @torch.no_grad()
-    def forward_feature(self, x: Tensor) -> Tensor:
-        """Return the feature as the network before training gives it; runs outside of autocast."""
+    def before(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return what the trained tensors were before training, by their names in a module.
+
+        Buffers are copies, for a module in training mode writes to its own.
+        """
         self._follow()
-        dtype = next(self.inverse.model.parameters()).dtype
-        with torch.autocast(x.device.type, enabled=False):
-            (feature,) = self._forward(x.to(dtype))
-        return feature
+        before = {id(now): then for now, then in self._pairs}
+        named = {name: t for name, t in _named(module).items() if id(t) in before}
+        return {
+            name: before[id(t)] if isinstance(t, nn.Parameter) else before[id(t)].clone()
+            for name, t in named.items()
+        }
 
     def _follow(self) -> None:
         """Move the reference's own tensors to where the model was moved, as `.to()` would."""
@@ -94,9 +98,12 @@ class Targets:
     @property
     def frozen(self) -> list[Tensor]:
         """The tensors that the targets depend on and that the model may still change."""
-        own = {id(tensor) for tensor in self._own}
-        return [tensor for tensor in _tensors(self.inverse.model) if id(tensor) not in own]
+        own = set(map(id, self._own))
+        every = {id(tensor): tensor for tensor in _named(self.inverse.model).values()}
+        return [tensor for key, tensor in every.items() if key not in own]
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def _named(module: nn.Module) -> dict[str, Tensor]:
+    """Return all tensors by all their names."""
+    named = dict[str, Tensor](module.named_parameters(remove_duplicate=False))
+    return named | dict(module.named_buffers(remove_duplicate=False))

@@ -35,6 +35,12 @@ def study() -> Study:
     return Study(networks.build(SPEC), some_images(40, 1), some_images(30, 2))
 
 
+def held(step: frfx.PostTraining, x: Tensor, y: Tensor) -> Tensor:
+    """Return the feature as the network before training gives it."""
+    assert step.targets is not None
+    return [*step.targets.inverse.reconstruct(x, y).values()][-1].forward
+
+
 def alone(
     study: Study, pair: tuple[int, int], method: str, seed: int, epochs: int
 ) -> tuple[nn.Module, float]:
@@ -56,7 +62,7 @@ def alone(
                 target = None
                 if kind == "forward":
                     assert step.targets is not None
-                    target = step.targets.forward_feature(x)
+                    target = held(step, x, y)
                 optimizer.zero_grad()
                 step(x, y, target).total.backward()
                 optimizer.step()
@@ -119,7 +125,7 @@ def test_losses_and_gradients_are_those_of_post_training(
         target = None
         if step.targets is not None:
             hold = kind == "forward"
-            target = step.targets.forward_feature(x) if hold else step.targets(x, y)
+            target = held(step, x, y) if hold else step.targets(x, y)
         with torch.no_grad():
             for parameter in step.trained_parameters():
                 parameter.mul_(1.1)

@@ -122,6 +122,37 @@ def test_flags_and_modes_come_back(model, batch, fails):
     assert {name: m.training for name, m in model.named_modules()} == modes
 
 
+def test_a_block_that_is_entered_again_freezes_again(model, batch):
+    before = copy.deepcopy(model)
+    step = frfx.PostTraining(model, upto_layer=1)
+    assert not model[6].weight.requires_grad
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+    for _ in range(2):
+        with step:
+            assert not model[6].weight.requires_grad
+            step(*batch).total.backward()
+            optimizer.step()
+        assert model[6].weight.requires_grad
+        assert torch.equal(model[6].weight, before[6].weight)
+        assert not torch.equal(model[0].weight, before[0].weight)
+
+
+def test_modes_that_a_graph_does_not_follow_are_told():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            if x.shape[1] != 8:  # what symbolic tracing cannot follow
+                raise ValueError
+            return self.b(F.dropout(torch.tanh(self.norm(self.a(x))), 0.1, self.training))
+
+    text = r"torch\.export has traced '.*norm.*' of the trained layers as functions"
+    with pytest.warns(frfx.ModeWarning, match=text):
+        frfx.PostTraining(Net().eval(), upto_layer="tanh", example_input=torch.randn(4, 8))
+
+
 def test_a_failing_start_freezes_nothing(model):
     model.fc1 = nn.Sequential(nn.Linear(64, 10), nn.GLU())  # GLU has no rule
     with pytest.raises(frfx.UnsupportedOpsError):

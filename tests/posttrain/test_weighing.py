@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import frfx
@@ -46,6 +47,25 @@ def test_relative_divides_by_the_loss_before_training(policy):
             optimizer.zero_grad()
             losses.total.backward()
             optimizer.step()
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(8), nn.Dropout(0.3)], ids=["norm", "dropout"])
+@pytest.mark.parametrize("policy", ["paper", "joint"])
+def test_relative_is_1_where_training_begins_in_its_mode(policy, layer):
+    """What training mode alone adds to the loss is no less before training."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), copy.deepcopy(layer), nn.Tanh(), nn.Flatten(), nn.Linear(288, 10)
+    )
+    x, y = torch.randn(500, 1, 8, 8), torch.arange(500) % 10
+    options = {"upto_layer": 1, "alpha": 0.5, "policy": policy, "weighing": "relative"}
+    with frfx.PostTraining(model.eval(), **options) as step:
+        buffers = [buffer.clone() for buffer in step.targets.inverse.model.buffers()]
+        losses = step(x, y)
+        relative = 2 * losses.total - losses.classification
+        assert abs(float(relative.detach()) - 1) < 0.02  # two masks are not the same
+        for before, now in zip(buffers, step.targets.inverse.model.buffers(), strict=True):
+            assert torch.equal(before, now)
 
 
 def test_relative_does_not_depend_on_the_unit_of_the_loss():
