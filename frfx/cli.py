@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import frfx
-from frfx import data, demo, models
+from frfx import data, demo, models, plot
 
 app = typer.Typer(
     help="Run trained networks backwards.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -24,7 +24,10 @@ console = Console()
 Model = Annotated[str, typer.Argument(help=f"The model: {models.KINDS}.")]
 Weights = Annotated[Path | None, typer.Option(help="State dict: .safetensors or torch.save's.")]
 Data = Annotated[str, typer.Option(help=f"The data set: {data.KINDS}.")]
-Upto = Annotated[str, typer.Option(help="l_R: a layer number or a node's name.")]
+Upto = Annotated[
+    str,
+    typer.Option(help="l_R: a layer number or a node's name; node:2 for a node that is called 2."),
+]
 PolicyName = Annotated[str, typer.Option(help="paper, minimal or joint.")]
 BatchSize = Annotated[int, typer.Option(min=1)]
 
@@ -34,7 +37,8 @@ def layers(
     model: Model,
     weights: Weights = None,
     upto: Annotated[
-        str | None, typer.Option(help="Show how every op down to this layer is inverted.")
+        str | None,
+        typer.Option(help="Show how every op down to this layer is inverted."),
     ] = None,
     policy: Annotated[str, typer.Option(help="With --upto: paper, minimal or joint.")] = "paper",
     branches: Annotated[
@@ -86,6 +90,8 @@ def invert(
 ) -> None:
     """Reconstruct a layer's feature from the labels of test images, and judge it."""
     with _errors():
+        if figure is not None:
+            plot.check_format(figure)
         images = data.load(data_set, split="test")
         images = images.subset(min(samples, len(images)), seed=0)
         inverse = frfx.invert(_trained(model, weights), _layer(upto), policy=policy)
@@ -116,7 +122,7 @@ def post_train(
         str, typer.Option("--data", help=f"The data set: {data.KINDS}.")
     ] = "digits",
     freeze_upto: Annotated[
-        str, typer.Option(help="l_S: the last frozen layer of the front.")
+        str, typer.Option(help="l_S: the last frozen layer of the front, as --upto.")
     ] = "0",
     weights: Weights = None,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Weight of Eq. 2 in Eq. 3.")] = 0.1,
@@ -186,7 +192,7 @@ def _trained(spec: str, weights: Path | None) -> torch.nn.Module:
 
 
 def _layer(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+    return int(text) if text.isdecimal() else text.removeprefix("node:")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from frfx.compiler.inverse import Inverse, Reconstruction
 from frfx.compiler.trace import Traced
+from frfx.errors import InputError
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -69,7 +70,14 @@ class Measurement:
 
     @staticmethod
     def cat(parts: Sequence[Measurement]) -> Measurement:
-        """Return the measurement of several batches of one inverse together."""
+        """Return the measurement of several batches of one inverse together.
+
+        Raises:
+            InputError: If there are none, or of several layers.
+        """
+        names = {part.layer for part in parts}
+        if len(names) != 1:
+            raise InputError(f"measurements of {len(names)} layers: expected one")
         first = parts[0]
         kept = [part.consistent for part in parts if part.consistent is not None]
         residuals = tuple(

@@ -67,6 +67,9 @@ def _from_file(path: Path, factory: str) -> nn.Module:
         raise ModelError(f"{str(path)!r} is no Python file")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses, pickle and fx look it up there
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:  # it may import what lies beside it, as a script may
+        sys.path.append(folder)
     module_spec.loader.exec_module(module)
     make = getattr(module, factory, None)
     if not callable(make):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,22 +35,25 @@ def feature_maps(
         A matplotlib figure; `figure.savefig(path)` writes it.
 
     Raises:
-        InputError: If the shapes differ or are no features.
+        InputError: If the shapes differ or are no features, or there is nothing to draw, or images
+            or captions are missing.
         FrfxError: If matplotlib is missing (extra `frfx[plot]`).
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FrfxError("figures need matplotlib: pip install 'frfx[plot]'") from error
+    figure_class = _figure()
     if forward.shape != target.shape or forward.ndim not in (2, 4):
         raise InputError(
             f"features of the shapes {tuple(forward.shape)} and {tuple(target.shape)}: expected "
             "(N, C, H, W) or (N, D) twice"
         )
+    if not len(forward) or channels < 1:
+        raise InputError(f"nothing to draw of {len(forward)} samples and {channels} channels")
+    for name, given in (("images", images), ("captions", captions)):
+        if given is not None and len(given) < len(forward):
+            raise InputError(f"{len(given)} {name} for {len(forward)} features: give one each")
     had, wanted = _as_maps(forward), _as_maps(target)
     samples, shown = had.shape[0], min(channels, had.shape[1])
     columns = 3 * shown + (images is not None)
-    figure = Figure(figsize=(1.1 * columns, 1.25 * samples + 0.7), layout="constrained")
+    figure = figure_class(figsize=(1.1 * columns, 1.25 * samples + 0.7), layout="constrained")
     axes = figure.subplots(samples, columns, squeeze=False)
     difference = (had - wanted).abs()
     for row in range(samples):
@@ -81,6 +85,21 @@ def feature_maps(
         if captions is not None:
             axes[row][0].set_ylabel(captions[row], fontsize=7)
     return figure
+
+
+def check_format(path: Path) -> None:
+    """Raise `FrfxError` for a file of a kind that matplotlib does not write, or without it."""
+    known = _figure()().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise FrfxError(f"{str(path)!r} is no figure: its name ends in .{', .'.join(known)}")
+
+
+def _figure() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FrfxError("figures need matplotlib: pip install 'frfx[plot]'") from error
+    return Figure
 
 
 def _draw(axis, values: Tensor, title: str, **options) -> None:  # type: ignore[no-untyped-def]

@@ -149,6 +149,30 @@ def test_few_images_are_drawn_once_each(tmp_path, monkeypatch, samples):
     assert len(drawn[0].unique(dim=0)) == len(drawn[0]) == min(samples, 5)
 
 
+def test_a_node_that_is_called_like_a_number(tmp_path):
+    file = tmp_path / "nets.py"
+    file.write_text(
+        "from torch import nn\n"
+        "chain = lambda: nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(64, 9), nn.Tanh(),"
+        " nn.Linear(9, 10))\n"
+    )
+    found = {}
+    for upto in ("1", "node:1"):
+        path = tmp_path / f"{upto.removeprefix('node:')}{len(found)}.pt"
+        arguments = ["invert", f"{file}:chain", "--upto", upto, "--output", str(path)]
+        result = run(app, arguments)
+        assert result.exit_code == 0, result.output
+        found[upto] = torch.load(path, weights_only=True)["target"].shape[1:]
+    assert found == {"1": (9,), "node:1": (64,)}
+
+
+def test_a_figure_of_no_known_kind_is_refused_at_once(tmp_path):
+    path = tmp_path / "figure.xyz"
+    result = run(app, ["invert", "paper:nothing", "--upto", "2", "--figure", str(path)])
+    assert result.exit_code == 1
+    assert "is no figure: its name ends in" in result.stderr.replace("\n", " ")
+
+
 def test_invert_writes_what_the_name_says(tmp_path):
     path = tmp_path / "features.pt"
     result = run(app, ["invert", "paper:digits", "--upto", "2", "--output", str(path)])

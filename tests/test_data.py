@@ -481,6 +481,14 @@ def test_image_folder_with_other_test_classes(tmp_path: Path) -> None:
         load(f"imagefolder:{tmp_path}", split="test")
 
 
+def test_more_than_eight_bits_are_not_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "train/ant/0.png"
+    path.parent.mkdir(parents=True)
+    pillow.fromarray(np.full((8, 8), 1000, dtype=np.uint16)).save(path)
+    with pytest.raises(DataError, match=r"more than 8 bits a channel \(mode I"):
+        load(f"imagefolder:{tmp_path}", split="train")
+
+
 @pytest.mark.parametrize("damaged", [b"not an image", None])
 def test_undecodable_image(tmp_path: Path, damaged: bytes | None) -> None:
     path = tmp_path / "train/ant/0.png"

@@ -121,3 +121,8 @@ def test_the_input_as_layer(model, batch):
     found = frfx.measure(frfx.invert(model, 0), x, y)
     assert found.layer == "input"
     assert [r.node for r in found.residuals][-1] == "conv1"
+
+
+def test_measurements_of_no_layer_or_of_several():
+    with pytest.raises(frfx.InputError, match="measurements of 0 layers"):
+        frfx.Measurement.cat([])

@@ -36,6 +36,15 @@ def test_factory_in_a_file(tmp_path):
         models.load_model(f"{path}:tiny")
 
 
+def test_a_file_may_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "parts_of_nets.py").write_text("WIDTH = 5\n")
+    text = (
+        "import torch\nfrom parts_of_nets import WIDTH\ntiny = lambda: torch.nn.Linear(WIDTH, 2)\n"
+    )
+    (tmp_path / "nets.py").write_text(text)
+    assert models.load_model(f"{tmp_path / 'nets.py'}:tiny").in_features == 5
+
+
 def test_a_file_with_a_dataclass(tmp_path):
     path = tmp_path / "nets.py"
     path.write_text(

@@ -35,3 +35,16 @@ def test_vectors_are_drawn_as_one_map():
 def test_shapes_that_do_not_fit(shape):
     with pytest.raises(frfx.InputError, match="expected"):
         plot.feature_maps(torch.zeros(2, 3, 5), torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"captions": ["one"]}, "1 captions for 2 features"),
+        ({"images": torch.zeros(0, 1, 4, 4)}, "0 images for 2 features"),
+        ({"channels": 0}, "nothing to draw of 2 samples and 0 channels"),
+    ],
+)
+def test_what_is_missing(options, text):
+    with pytest.raises(frfx.InputError, match=text):
+        plot.feature_maps(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), **options)

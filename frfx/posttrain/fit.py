@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from frfx.compiler.outputs import follow, locate
 from frfx.compiler.prepare import Weights
-from frfx.errors import FrfxError, InputError, TargetError, first_line
+from frfx.errors import FrfxError, TargetError
 from frfx.policy import Policy
+from frfx.posttrain.accuracy import accuracy
+from frfx.posttrain.batches import Batch, pairs
+from frfx.posttrain.checkpoint import Checkpoint, EpochRecord
 from frfx.posttrain.step import PostTraining
-from frfx.view import evaluation_view
-
-Batch = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """What an epoch of post-training came to.
-
-    Attributes:
-        epoch: Counted from 1.
-        loss: The mean over samples, of all processes, of the total loss (Eq. 3).
-        classification: The mean of Eq. 1; None where alpha is 1.
-        reconstruction: The mean of Eq. 2; None where alpha is 0.
-        val_accuracy: The share of right predictions on `val_loader` after the epoch, if given.
-        seconds: Wall time of the training part, without the validation.
-    """
-
-    epoch: int
-    loss: float
-    classification: float | None
-    reconstruction: float | None
-    val_accuracy: float | None
-    seconds: float
 
 
 def post_train(
@@ -68,7 +46,8 @@ def post_train(
     Args:
         model: The network; the parameters of those layers are trained, everything else comes back
             as it was, after an exception too.
-        loader: Yields batches (x, y) anew for every epoch.
+        loader: Yields batches (x, y) anew for every epoch. Inputs are cast to the type of the
+            trained parameters, integer labels to long.
         upto_layer: `l_R`, as for `frfx.invert`.
         freeze_upto: `l_S`, as for `PostTraining`.
         alpha: The weight of the reconstruction loss (Eq. 3); 0 is plain backpropagation.
@@ -76,7 +55,7 @@ def post_train(
         policy: How features are reconstructed, as for `frfx.invert`.
         backend: As for `frfx.invert`.
         optimizer: Makes the optimizer from the trained parameters; None for the paper's Adam with
-            a learning rate of 1e-3.
+            a learning rate of 1e-3. None that needs a closure (LBFGS).
         val_loader: Batches to measure the accuracy on after every epoch.
         targets: ``"recompute"`` them for every batch, or ``"cache"`` inputs, labels and targets of
             one pass over the loader in memory, as the paper does; the epochs then shuffle what is
@@ -87,7 +66,7 @@ def post_train(
             iterable, every process gets all.
         checkpoint: A file to save to after every epoch and, if it is there, to resume from; its
             folder is made. The order in which the loader shuffles is the loader's own, and begins
-            anew with a resume.
+            anew with a resume, as do random numbers; learning rates are those of the file.
         progress: Whether to show a progress bar (extra `frfx[cli]`).
         example_input: A batch; needed only for models that symbolic tracing cannot follow.
         output: Which of several tensors that the model returns is its output, as for
@@ -100,8 +79,9 @@ def post_train(
 
     Raises:
         LayerError, UnsupportedOpsError, TargetError: As `PostTraining` does, or for a choice of
-            `targets` that does not exist.
-        FrfxError: If the checkpoint cannot be read, or is of other layers.
+            `targets` that does not exist, or if a loader yields anything else than pairs.
+        FrfxError: If the checkpoint cannot be read, or is of other layers or another optimizer; or
+            if the optimizer needs a closure.
     """
     if targets not in ("recompute", "cache"):
         raise TargetError(f'targets are "recompute" or "cache", not {targets!r}')
@@ -116,17 +96,32 @@ def post_train(
         output=output,
         weighing=weighing,
     )
-    with step, _progress_bar(progress, epochs) as advance:
+    with step, _progress_bar(progress, epochs) as show:
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-3))
-        loop = _Loop(step, make(step.trained_parameters()), loader, targets == "cache", fabric)
-        history = loop.load(checkpoint)
+        made = make(step.trained_parameters())
+        _check_optimizer(made)
+        loop = _Loop(step, made, loader, targets == "cache", fabric)
+        saved = None if checkpoint is None else Checkpoint(checkpoint, step, loop.optimizer, fabric)
+        history = [] if saved is None else saved.load()
+        show(len(history))
         for epoch in range(len(history) + 1, epochs + 1):
             losses, seconds = loop.epoch()
             scored = None if val_loader is None else accuracy(model, val_loader, output)
             history.append(EpochRecord(epoch, *losses, val_accuracy=scored, seconds=seconds))
-            loop.save(checkpoint, history)
-            advance()
+            if saved is not None:
+                saved.save(history)
+            show(epoch)
     return history
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `FrfxError` for an optimizer that evaluates the loss itself."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise FrfxError(
+            f"{type(optimizer).__name__} evaluates the loss more than once a step: train with "
+            "frfx.PostTraining in a loop of your own, and give its step a closure"
+        )
 
 
 class _Loop:
@@ -179,54 +174,17 @@ class _Loop:
         ), seconds
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        device = self.step.trained_parameters()[0].device
-        loaded = ((x.to(device), y.to(device)) for x, y in self.loader)
+        like = self.step.trained_parameters()[0]
+        loaded = (
+            (
+                x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device),
+                y.to(like.device) if y.is_floating_point() else y.to(like.device, torch.long),
+            )
+            for x, y in pairs(self.loader)
+        )
         if self.cache is not None:
             return self.cache.batches(loaded)
         return ((x, y, None) for x, y in loaded)
-
-    def save(self, path: str | Path | None, history: list[EpochRecord]) -> None:
-        """Save everything that a resume needs."""
-        if path is None:
-            return
-        targets = self.step.targets
-        state = {
-            "trained": [p.detach() for p in self.step.trained_parameters()],
-            "buffers": self.step.trained_buffers(),
-            "optimizer": self.optimizer.state_dict(),
-            "reference": None if targets is None else targets.state(),
-            "history": [asdict(record) for record in history],
-        }
-        if self.fabric is not None:
-            self.fabric.save(path, state)
-            return
-        partial = Path(f"{path}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, partial)
-        partial.replace(path)  # an interrupted save leaves the last one whole
-
-    def load(self, path: str | Path | None) -> list[EpochRecord]:
-        """Take up what `save` left, if it is there; return the history."""
-        if path is None or not Path(path).exists():
-            return []
-        tensors = [*self.step.trained_parameters(), *self.step.trained_buffers()]
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-            trained = [*state["trained"], *state["buffers"]]
-        except Exception as error:  # a file of another kind fails in many ways
-            raise FrfxError(f"{str(path)!r} is no checkpoint of post-training") from error
-        if [tensor.shape for tensor in tensors] != [saved.shape for saved in trained]:
-            raise FrfxError(
-                f"the checkpoint {str(path)!r} is of other layers: the shapes it holds are not "
-                "those of the parameters that are trained here"
-            )
-        self.optimizer.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for tensor, saved in zip(tensors, trained, strict=True):
-                tensor.copy_(saved)
-        if self.step.targets is not None and state["reference"] is not None:
-            self.step.targets.load(state["reference"])
-        return [EpochRecord(**record) for record in state["history"]]
 
 
 class _Cache:
@@ -254,54 +212,11 @@ class _Cache:
             yield x[index], y[index], target[index]
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, loader: Iterable[Batch], output: str | int | None = None) -> float:
-    """Return the share of samples whose largest output is the label, in evaluation mode.
-
-    Args:
-        model: Any classifier, of outputs (N, K, ...), or of labels (N, ...) if it ends in argmax;
-            its mode is not touched.
-        loader: Yields batches (x, y) of inputs and integer labels (N, ...); inputs are moved and
-            cast to the model's type.
-        output: Which of several tensors that the model returns is its output, as for
-            `frfx.invert`.
-
-    Raises:
-        InputError: If the model cannot take a batch.
-        LayerError: If there is no such output.
-        TargetError: If the labels do not fit the outputs, or there are none.
-    """
-    view = evaluation_view(model, inplace=True)
-    weight = next((p for p in view.parameters() if p.is_floating_point()), None)
-    right: Tensor | int = 0
-    count = 0
-    for x, y in loader:
-        if weight is not None:
-            x = x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
-        try:
-            value = view(x)
-        except Exception as error:  # whatever torch says of an input that does not fit
-            raise InputError(
-                f"the model cannot take a batch of shape {tuple(x.shape)}: {first_line(error)}"
-            ) from error
-        scores = follow(value, locate(value, output))
-        predicted = scores.argmax(1) if scores.is_floating_point() else scores
-        if predicted.shape != y.shape:
-            raise TargetError(
-                f"labels of shape {tuple(y.shape)} do not fit outputs of shape "
-                f"{tuple(scores.shape)}: expected {tuple(predicted.shape)}"
-            )
-        right = right + (predicted == y.to(predicted.device)).sum()
-        count += y.numel()
-    if count == 0:
-        raise TargetError("the loader gave no batch")
-    return int(right) / count
-
-
 @contextlib.contextmanager
-def _progress_bar(show: bool, epochs: int) -> Iterator[Callable[[], None]]:
+def _progress_bar(show: bool, epochs: int) -> Iterator[Callable[[int], None]]:
+    """Give what shows how many epochs are done."""
     if not show:
-        yield lambda: None
+        yield lambda done: None
         return
     try:
         from rich.progress import Progress
@@ -309,4 +224,4 @@ def _progress_bar(show: bool, epochs: int) -> Iterator[Callable[[], None]]:
         raise FrfxError("a progress bar needs rich: pip install 'frfx[cli]'") from error
     with Progress() as bar:
         task = bar.add_task("post-training", total=epochs)
-        yield lambda: bar.advance(task)
+        yield lambda done: bar.update(task, completed=done)

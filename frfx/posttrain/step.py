@@ -22,7 +22,7 @@ from frfx.compiler.trace import Traced, is_output, trace
 from frfx.errors import LayerError, ModeWarning, TargetError, TraceMismatchError
 from frfx.policy import Policy
 from frfx.posttrain.loss import Losses, Scale, combine
-from frfx.posttrain.targets import Targets
+from frfx.posttrain.targets import Targets, named_tensors
 from frfx.view import check_model, evaluation_view
 
 
@@ -105,6 +105,7 @@ class PostTraining(nn.Module):
         self._trained = _trained_parameters(network, trained_nodes, start, end)
         self._modules_trained = _trained_modules(traced, trained_nodes)
         _warn_of_mode(traced, trained_nodes)
+        self._has_head = logits is not network.output
         self.to_feature = forward_module(traced, (end,))
         self.to_output = forward_module(traced, (end, logits))
         self.targets = None
@@ -145,6 +146,7 @@ class PostTraining(nn.Module):
             _check_graph(self._unchecked, x)
             self._unchecked = None
         if self.targets is not None and target is None:
+            self._check_labels(y)
             target = self.targets(x, y)
         if self.alpha == 1:
             (feature,) = self.to_feature(x)
@@ -162,6 +164,16 @@ class PostTraining(nn.Module):
             reconstruction = self.reconstruction_loss(feature, target)
         total = combine(self.alpha, classification, self._weighed(reconstruction, x, target))
         return Losses(total, classification, reconstruction, output)
+
+    def _check_labels(self, y: Tensor) -> None:
+        """Raise `TargetError` for labels that the two losses would read in different ways."""
+        embedded = self.alpha < 1 and self.classification_loss is F.cross_entropy
+        if embedded and not self._has_head and y.is_floating_point():
+            raise TargetError(
+                "cross_entropy reads float labels as probabilities, and the inverse as the output, "
+                "which here are logits: give integer labels, or a classification_loss that takes "
+                "logits, or `target`"
+            )
 
     def _weighed(
         self, reconstruction: Tensor | None, x: Tensor, target: Tensor | None
@@ -185,6 +197,14 @@ class PostTraining(nn.Module):
     def trained_buffers(self) -> list[Tensor]:
         """Return the buffers of the trained layers, which training may change, too."""
         return [buffer for module in self._modules_trained for buffer in module.buffers(False)]
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Return the trained parameters and buffers, by their names in the model."""
+        names: dict[int, str] = {}
+        for name, tensor in named_tensors(self.to_feature).items():
+            names.setdefault(id(tensor), name.removeprefix("model."))
+        tensors = [*self.trained_parameters(), *self.trained_buffers()]
+        return {names[id(tensor)]: tensor for tensor in tensors}
 
     def _freeze(self) -> None:
         for parameter in self._others:

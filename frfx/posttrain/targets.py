@@ -48,7 +48,7 @@ class Targets:
             example_input=example_input,
             output=output,
         )
-        now, then = _named(model), _named(self.inverse.model)
+        now, then = named_tensors(model), named_tensors(self.inverse.model)
         shared = set(map(id, now.values()))
         own = {id(tensor): tensor for tensor in then.values() if id(tensor) not in shared}
         self._pairs = [(t, then[name]) for name, t in now.items() if id(then.get(name)) in own]
@@ -69,7 +69,7 @@ class Targets:
         """
         self._follow()
         before = {id(now): then for now, then in self._pairs}
-        named = {name: t for name, t in _named(module).items() if id(t) in before}
+        named = {name: t for name, t in named_tensors(module).items() if id(t) in before}
         return {
             name: before[id(t)] if isinstance(t, nn.Parameter) else before[id(t)].clone()
             for name, t in named.items()
@@ -99,11 +99,11 @@ class Targets:
     def frozen(self) -> list[Tensor]:
         """The tensors that the targets depend on and that the model may still change."""
         own = set(map(id, self._own))
-        every = {id(tensor): tensor for tensor in _named(self.inverse.model).values()}
+        every = {id(tensor): tensor for tensor in named_tensors(self.inverse.model).values()}
         return [tensor for key, tensor in every.items() if key not in own]
 
 
-def _named(module: nn.Module) -> dict[str, Tensor]:
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return all tensors by all their names."""
     named = dict[str, Tensor](module.named_parameters(remove_duplicate=False))
     return named | dict(module.named_buffers(remove_duplicate=False))

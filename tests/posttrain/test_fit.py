@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import frfx
@@ -110,6 +111,76 @@ def test_a_checkpoint_of_other_layers_changes_nothing(model, digits, tmp_path):
             frfx.post_train(model, digits.batches(100), upto_layer=1, epochs=2, checkpoint=file)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_checkpoint_of_other_layers_of_the_same_shapes(tmp_path):
+    torch.manual_seed(0)
+    layers = (layer for _ in range(3) for layer in (nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()))
+    model, path = nn.Sequential(*layers, nn.Linear(6, 3)).eval(), tmp_path / "post.ckpt"
+    batches = [(torch.randn(8, 6), torch.arange(8) % 3)]
+    twin = copy.deepcopy(model)
+    frfx.post_train(twin, batches, upto_layer=1, epochs=1, checkpoint=path)
+    before = copy.deepcopy(model.state_dict())
+    text = r"is of other layers: it holds '0\.weight' and 6 more, and what is trained here is '3\.w"
+    with pytest.raises(frfx.FrfxError, match=text):
+        frfx.post_train(model, batches, freeze_upto=1, upto_layer=2, epochs=2, checkpoint=path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_optimizer_changes_nothing(model, digits, tmp_path):
+    path, batches = tmp_path / "post.ckpt", digits.batches(100)
+    frfx.post_train(copy.deepcopy(model), batches, upto_layer=1, epochs=1, checkpoint=path)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(frfx.FrfxError, match="is of another optimizer"):
+        frfx.post_train(
+            model, batches, upto_layer=1, epochs=2, checkpoint=path,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        )  # fmt: skip
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_trained(model, digits, tmp_path):
+    (tmp_path / "file").touch()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OSError, match="file"):
+        frfx.post_train(
+            model, digits.batches(100), upto_layer=1, checkpoint=tmp_path / "file" / "post.ckpt"
+        )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+X, Y = torch.zeros(4, 1, 8, 8), torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        ({"image": X, "label": Y}, "not a dict of 'image', 'label': give one that makes pairs"),
+        ((X, Y, Y), "not a tuple of Tensor, Tensor, Tensor"),
+        ((X.numpy(), Y), "not a tuple of ndarray, Tensor"),
+        (X, "not a Tensor"),
+    ],
+)
+def test_what_is_no_pair(model, batch, text):
+    for loader, val_loader in (([batch], None), ([(X, Y)], [batch])):
+        with pytest.raises(frfx.TargetError, match=text):
+            frfx.post_train(model, loader, upto_layer=1, epochs=1, val_loader=val_loader)
+
+
+def test_batches_of_other_types_are_cast(model, digits):
+    x, y = next(iter(digits.batches(50)))
+    losses = [
+        frfx.post_train(copy.deepcopy(model), [batch], upto_layer=1, epochs=1)[0].loss
+        for batch in ((x, y), (x.double(), y.int()), [x, y.to(torch.uint8)])
+    ]
+    assert losses[1:] == pytest.approx([losses[0]] * 2)
+
+
+def test_an_optimizer_that_needs_a_closure(model, digits):
+    with pytest.raises(frfx.FrfxError, match="LBFGS evaluates the loss more than once a step"):
+        frfx.post_train(
+            model, digits.batches(50), upto_layer=1, optimizer=lambda p: torch.optim.LBFGS(p)
+        )
 
 
 def test_losses_of_a_half_model_are_summed_in_single(model):

@@ -306,6 +306,22 @@ def test_targets_that_do_not_fit_the_feature(model, batch):
             step(x, y + 5)
 
 
+def test_float_labels_mean_one_thing(model, batch):
+    """Probabilities to one loss, logits to the other: unless a softmax stands behind these."""
+    x, y = batch
+    soft = F.one_hot(y, 10).to(x.dtype)
+    options = {"upto_layer": 1, "alpha": 0.5}
+    with frfx.PostTraining(model, **options) as step:
+        with pytest.raises(frfx.TargetError, match="reads float labels as probabilities"):
+            step(x, soft)
+        step(x, soft, target=step(x, y).output.new_zeros(()).expand(feature(model, x, 1).shape))
+    with frfx.PostTraining(model, classification_loss=F.mse_loss, **options) as step:
+        step(x, soft)
+    behind = nn.Sequential(*model, nn.Softmax(1))
+    with frfx.PostTraining(behind, **options) as step:
+        step(x, 0.9 * soft + 0.01)
+
+
 def test_a_network_of_two_types_keeps_them():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(1))

@@ -1,0 +1,112 @@
+"""Save a run of post-training after every epoch, and resume it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frfx.errors import FrfxError
+from frfx.posttrain.step import PostTraining
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What an epoch of post-training came to.
+
+    Attributes:
+        epoch: Counted from 1.
+        loss: The mean over samples, of all processes, of the total loss (Eq. 3).
+        classification: The mean of Eq. 1; None where alpha is 1.
+        reconstruction: The mean of Eq. 2; None where alpha is 0.
+        val_accuracy: The share of right predictions on `val_loader` after the epoch, if given.
+        seconds: Wall time of the training part, without the validation.
+    """
+
+    epoch: int
+    loss: float
+    classification: float | None
+    reconstruction: float | None
+    val_accuracy: float | None
+    seconds: float
+
+
+class Checkpoint:
+    """A file that holds everything that a resume needs.
+
+    Args:
+        path: The file; its folder is made, and what cannot be written is told at once.
+        step: What is trained.
+        optimizer: Its optimizer.
+        fabric: A `lightning.fabric.Fabric`, which saves; None for plain torch.
+    """
+
+    def __init__(
+        self, path: str | Path, step: PostTraining, optimizer: torch.optim.Optimizer, fabric: Any
+    ) -> None:
+        self.path, self.step, self.optimizer, self.fabric = Path(path), step, optimizer, fabric
+        self._partial = Path(f"{path}.partial")
+        if fabric is None:
+            self._partial.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.touch()
+            self._partial.unlink()
+
+    def save(self, history: list[EpochRecord]) -> None:
+        """Write it; an interrupted save leaves the last one whole."""
+        targets = self.step.targets
+        state = {
+            "trained": {name: t.detach() for name, t in self.step.trained_tensors().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "reference": None if targets is None else targets.state(),
+            "history": [asdict(record) for record in history],
+        }
+        if self.fabric is not None:
+            self.fabric.save(self.path, state)
+            return
+        torch.save(state, self._partial)
+        self._partial.replace(self.path)
+
+    def load(self) -> list[EpochRecord]:
+        """Take up what `save` left, if it is there; return the history.
+
+        Raises:
+            FrfxError: If the file is none of these, or of other layers or another optimizer;
+                nothing has been changed then.
+        """
+        if not self.path.exists():
+            return []
+        shown, tensors = repr(str(self.path)), self.step.trained_tensors()
+        try:
+            state = torch.load(self.path, weights_only=True, map_location="cpu")
+            history = [EpochRecord(**record) for record in state["history"]]
+            shapes = {name: saved.shape for name, saved in state["trained"].items()}
+            groups, reference = state["optimizer"]["param_groups"], state["reference"]
+        except Exception as error:  # a file of another kind fails in many ways
+            raise FrfxError(f"{shown} is no checkpoint of post-training") from error
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise FrfxError(
+                f"the checkpoint {shown} is of other layers: it holds {_some(shapes)}, and what is "
+                f"trained here is {_some(tensors)}"
+            )
+        if [*map(sorted, groups)] != [*map(sorted, self.optimizer.param_groups)]:
+            raise FrfxError(
+                f"the checkpoint {shown} is of another optimizer: its groups of parameters have "
+                "other options than those that `optimizer` makes"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(state["trained"][name])
+        if self.step.targets is not None and reference is not None:
+            self.step.targets.load(reference)
+        return history
+
+
+def _some(names: Any) -> str:
+    first, *others = map(repr, names)
+    return first + (f" and {len(others)} more" if others else "")
+
+
+__all__ = ["Checkpoint", "EpochRecord"]
