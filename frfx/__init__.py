@@ -1,6 +1,6 @@
 """frfx runs trained networks backwards: a graph-rewriting compiler over torch.fx."""
 
-from frfx import policy, rules
+from frfx import networks, policy, rules
 from frfx.api import invert, layers
 from frfx.compiler.inverse import Inverse
 from frfx.errors import (
@@ -62,6 +62,7 @@ __all__ = [
     "maximum_assignment",
     "measure",
     "nearest_embedding",
+    "networks",
     "one_hot",
     "policy",
     "post_train",

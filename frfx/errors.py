@@ -111,9 +111,9 @@ class UnsupportedOpsError(FrfxError, NotImplementedError):
         return type(self), (self.ops,)
 
 
-def nearest(name: str, known: Iterable[str], count: int = 5) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'a', 'b'?` for the known names nearest to `name`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
+    close = difflib.get_close_matches(name, list(known), n=5, cutoff=0.4)
     return f" Did you mean {', '.join(map(repr, close))}?" if close else ""
 
 

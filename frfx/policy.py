@@ -101,14 +101,16 @@ class Policy:
 
     def rule_at(self, op: Op) -> Rule | None:
         """Return the rule that the node itself has been given, if any."""
-        change = self.by_node.get(op.path) or self.by_node.get(op.name)
+        change = self._at_node(op)
         return None if change is None else change.rule
+
+    def _at_node(self, op: Op) -> Override | None:
+        return self.by_node.get(op.path) or self.by_node.get(op.name)
 
     def _changes(self, op: Op) -> list[Override]:
         """Return the overrides for an op, the strongest last."""
         by_op = self.by_op.get(op.type.name) if op.type else None
-        by_node = self.by_node.get(op.path) or self.by_node.get(op.name)
-        return [change for change in (by_op, by_node) if change is not None]
+        return [change for change in (by_op, self._at_node(op)) if change is not None]
 
     def rule_for(self, op: Op) -> Rule | None:
         """Return the rule for an op, with its options; None if there is none."""
@@ -131,7 +133,7 @@ class Policy:
             op: What is inverted there.
             rule: Its rule.
         """
-        change = self.by_node.get(op.path) or self.by_node.get(op.name)
+        change = self._at_node(op)
         known = {field.name for field in fields(rule)}
         return [] if change is None else [name for name in change.options if name not in known]
 
@@ -159,14 +161,10 @@ class Policy:
 
 def _changed(overrides: Mapping[str, Override], name: str, change: Override) -> dict[str, Override]:
     """Return the overrides with one more; options join those that are there."""
-    before = overrides.get(name)
-    if change.rule is None and before is not None:
-        change = Override(
-            before.rule,
-            {**before.options, **change.options},
-            change.branches or before.branches,
-        )
-    return {**overrides, name: change}
+    before = overrides.get(name, Override())
+    if change.rule is None:
+        change = replace(change, rule=before.rule, options={**before.options, **change.options})
+    return {**overrides, name: replace(change, branches=change.branches or before.branches)}
 
 
 _SIZES = ("label_margin", "clamp_margin", "rcond", "damping")

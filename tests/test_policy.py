@@ -273,6 +273,15 @@ def test_unknown_node_gets_the_nearest():
         frfx.invert(model, "first", policy=policy.paper().override(node="first", damping=1.0))
 
 
+def test_a_rule_leaves_what_is_done_about_branches():
+    """In either order."""
+    by_rule = {"node": "6", "rule": LinearRule()}
+    by_choice = {"node": "6", "branches": "rules"}
+    for one, other in ((by_choice, by_rule), (by_rule, by_choice)):
+        (change,) = policy.paper().override(**one).override(**other).by_node.values()
+        assert (change.rule, change.branches) == (LinearRule(), "rules")
+
+
 def test_options_that_the_rule_of_a_node_does_not_have():
     """All of them at once; of an op, whose rules differ by policy, they are none of a mistake."""
     model = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3))

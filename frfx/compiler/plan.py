@@ -342,5 +342,5 @@ def _problem(op: Op, reason: str, rule: Rule | None, remedy: str | None = None) 
             )
         if len({op.inputs[name] for name in op.free}) == 1 and op.type not in vocabulary.HEADS:
             region = f"policy.override(node={op.path!r}, rule=frfx.rules.RegionRule())"
-            remedy = f"{region} if it has a derivative; {remedy}"
+            remedy = f"{remedy}; or {region}, if it has a derivative"
     return UnsupportedOp(op.path, kind, op.show_shapes(), reason, remedy)

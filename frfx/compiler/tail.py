@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -62,9 +62,6 @@ class Layers(Sequence[LayerInfo]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __iter__(self) -> Iterator[LayerInfo]:
-        return iter(self._rows)
-
     def __str__(self) -> str:
         width = max([4, *(len(row.name) for row in self)])
         kind = max([2, *(len(row.op) for row in self)])
@@ -118,7 +115,6 @@ class Network:
     def dominators(self, start: fx.Node) -> list[fx.Node]:
         """Return the nodes on every path from `start` to the output, in forward order."""
         idom = nx.immediate_dominators(self.flow, start)
-        idom.pop(start, None)
         chain = [self.output]
         while chain[-1] is not start:
             chain.append(idom[chain[-1]])

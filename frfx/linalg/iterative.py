@@ -149,7 +149,7 @@ def _scaled(operator: Matrix | Convolution | Transposed, scale: float) -> Any:
     """Return the operator divided by a number, in the precision that is solved in."""
     if isinstance(operator, Transposed):
         return Transposed(_scaled(operator.of, scale))
-    entries = _entries(operator)
+    entries = _entries(operator).detach()  # to autograd a constant: no step is recorded
     entries = entries.to(solve_dtype(entries.dtype)) / scale
     return Matrix(entries) if isinstance(operator, Matrix) else operator.with_kernel(entries)
 
@@ -175,7 +175,6 @@ class Iterative:
     tolerance: float = TOLERANCE
     max_steps: int = MAX_STEPS
     memory: float = FACTOR_MEMORY
-    name = "iterative"
 
     def prepare(
         self,

@@ -211,7 +211,6 @@ class Spectral:
     rcond: float | None = None
     damping: float = 0.0
     memory: float = FACTOR_MEMORY
-    name = "spectral"
 
     def prepare(
         self,

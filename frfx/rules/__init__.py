@@ -10,7 +10,7 @@ from frfx.rules.activation import (
 from frfx.rules.attention import AttentionRule, MultiheadAttentionRule
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
 from frfx.rules.bilinear import BilinearRule
-from frfx.rules.conv import ConvolutionRule
+from frfx.rules.conv import ConvolutionRule, TransposedConvolutionRule
 from frfx.rules.extremum import ExtremumRule
 from frfx.rules.interpolate import InterpolateRule
 from frfx.rules.join import CatRule, SplitRule, StackRule
@@ -97,6 +97,7 @@ __all__ = [
     "StackRule",
     "SumRule",
     "TransposeRule",
+    "TransposedConvolutionRule",
     "maximum_assignment",
     "nearest_embedding",
     "one_hot",

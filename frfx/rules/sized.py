@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from frfx.ops import Op, Shape
-from frfx.rules.base import AffineInversion, FactoredInversion, Inversion, Rule
+from frfx.rules.base import FactoredInversion, Inversion, Rule
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,10 @@ class SizedInversion(FactoredInversion):
         """Warn or raise, as asked, if a solver has left samples unsolved.
 
         Raises:
-            ConvergenceError: As `AffineInversion.check_convergence` does.
+            ConvergenceError: As `Inversion.check_convergence` does.
         """
         for built in self.factors.values():
-            if isinstance(built.inversion, AffineInversion):
-                built.inversion.check_convergence()
+            built.inversion.check_convergence()
 
 
 @dataclass(frozen=True)

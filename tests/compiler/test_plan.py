@@ -79,9 +79,9 @@ def test_a_rule_that_refuses_names_the_weights_and_the_way_out(resnet):
     assert refused.reason.startswith("a linear layer has no spectrum over frequencies")
     assert refused.shapes == "known once there is an input; weight 1000x512; bias 1000"
     assert refused.remedy == (
-        "policy.override(node='fc', rule=frfx.rules.RegionRule()) if it has a derivative; "
         "policy.override(node='fc', rule=MyRule()), or "
-        "@frfx.register_rule(torch.nn.Linear, overwrite=True) on a subclass of frfx.rules.Rule"
+        "@frfx.register_rule(torch.nn.Linear, overwrite=True) on a subclass of frfx.rules.Rule; "
+        "or policy.override(node='fc', rule=frfx.rules.RegionRule()), if it has a derivative"
     )
 
 
@@ -151,12 +151,12 @@ def test_a_zoo_of_problems():
     assert {op.reason for op in found.values()} == {"no rule is registered for it"}
     assert {path: found[path].op for path in SPELLINGS} == SPELLINGS
     assert found["cumsum"].remedy == (
-        "policy.override(node='cumsum', rule=frfx.rules.RegionRule()) if it has a derivative; "
-        '@frfx.register_rule("cumsum") on a subclass of frfx.rules.Rule'
+        '@frfx.register_rule("cumsum") on a subclass of frfx.rules.Rule; '
+        "or policy.override(node='cumsum', rule=frfx.rules.RegionRule()), if it has a derivative"
     )
     assert found["norm"].remedy == (
-        "policy.override(node='norm', rule=frfx.rules.RegionRule()) if it has a derivative; "
-        "@frfx.register_rule(torch.nn.LocalResponseNorm) on a subclass of frfx.rules.Rule"
+        "@frfx.register_rule(torch.nn.LocalResponseNorm) on a subclass of frfx.rules.Rule; "
+        "or policy.override(node='norm', rule=frfx.rules.RegionRule()), if it has a derivative"
     )
 
 
