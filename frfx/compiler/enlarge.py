@@ -21,7 +21,7 @@ from frfx.compiler.stage import Shorter, Stage, Walk
 from frfx.linalg import Matrix, Separable
 from frfx.linalg.auto import Choice
 from frfx.linalg.dense import GramFactor, MatrixFactor
-from frfx.linalg.pseudo_inverse import nbytes, solve_dtype
+from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op, Shape
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion
 from frfx.rules.pool import AdaptiveInversion
@@ -51,7 +51,7 @@ class Maps:
     @property
     def nbytes(self) -> int:
         """The memory that they hold, in bytes."""
-        return nbytes(self.there) + self.back.nbytes
+        return self.there.nbytes + self.back.nbytes
 
 
 @dataclass(frozen=True)

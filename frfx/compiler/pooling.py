@@ -21,6 +21,7 @@ from frfx.compiler.forward import add_child, call_of, forget_unused, is_hooked
 from frfx.compiler.rows import Rows, in_rows
 from frfx.compiler.trace import Traced
 from frfx.ops import Op, Shape
+from frfx.recording import is_recorded
 from frfx.rules.axis import Axis, RegularAxis, highest
 from frfx.rules.max_pool import MaxPoolMinimalRule, geometry
 from frfx.rules.windows import spatial_dims
@@ -98,8 +99,7 @@ class Pooling(nn.Module):
             x.is_cpu
             and x.ndim == self._dims + 2
             and x.is_contiguous()  # channels last, torch pools fast
-            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)))
-            and not torch.compiler.is_compiling()
+            and not is_recorded(x, *weights)
             and not any(map(is_hooked, self._calls))
         )
 

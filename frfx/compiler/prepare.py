@@ -265,7 +265,7 @@ class Preparation(nn.Module):
                     f"labels need an output of shape (N, K, ...), but this network's is "
                     f"{(batch, *logits)}: give a float target of that shape"
                 )
-            check_labels(target, x.new_empty(()).expand(batch, *logits), dim)
+            check_labels(target, (batch, *logits), dim)
             return target
         if not self.plan.takes_scores:
             raise TargetError("the network ends in argmax: give integer labels")

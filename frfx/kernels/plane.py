@@ -41,7 +41,7 @@ class Plane:
     @property
     def nbytes(self) -> int:
         """The memory of the tables, in bytes."""
-        return self.tables.numel() * self.tables.element_size()
+        return self.tables.nbytes
 
 
 def _powers(rows: int, columns: int, n: int, sign: int) -> Tensor:
@@ -73,4 +73,4 @@ class CircularMap:
     @property
     def nbytes(self) -> int:
         """The memory that matrices and tables hold, in bytes."""
-        return self.plane.nbytes + self.matrices.numel() * self.matrices.element_size()
+        return self.plane.nbytes + self.matrices.nbytes

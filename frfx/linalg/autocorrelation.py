@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from frfx.linalg.products import matmul
-from frfx.linalg.pseudo_inverse import nbytes
 
 Side = Literal["rows", "columns"]
 
@@ -71,7 +70,7 @@ class Autocorrelation:
     @property
     def nbytes(self) -> int:
         """The memory that it holds, in bytes."""
-        return nbytes(self.lags, self.even, self.odd)
+        return self.lags.nbytes + self.even.nbytes + self.odd.nbytes
 
 
 def differences(shifts: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ def largest_singular_values(mv: Map, rmv: Map, start: Tensor, steps: int) -> Ten
     Args:
         mv: Applies the operators: (..., n) -> (..., m).
         rmv: Applies their adjoints.
-        start: Vectors without a structure that the operators have, shape (..., n).
+        start: Vectors as `unstructured` returns them, shape (..., n).
         steps: How many products are made with the operators, and about as many with the adjoints.
 
     Returns:
@@ -41,10 +41,16 @@ def largest_singular_values(mv: Map, rmv: Map, start: Tensor, steps: int) -> Ten
     return torch.where(finite, torch.linalg.svdvals(bidiagonal).amax(-1), torch.nan)
 
 
+def unstructured(like: Tensor) -> Tensor:
+    """Return vectors (..., n) without a structure that operators have, all of them the same."""
+    count = torch.arange(1, like.shape[-1] + 1, device=like.device, dtype=torch.float64)
+    return torch.cos(1.618 * count.square()).to(like.dtype).expand_as(like)
+
+
 def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return vectors over their lengths, and these, shape (..., 1); 0 of what has none."""
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / length.clamp(min=torch.finfo(length.dtype).tiny), length
 
 
-__all__ = ["largest_singular_values"]
+__all__ = ["largest_singular_values", "unstructured"]

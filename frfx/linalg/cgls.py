@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from frfx.linalg.bidiagonal import largest_singular_values
+from frfx.linalg.bidiagonal import largest_singular_values, unstructured
 from frfx.linalg.conjugate_gradients import Convergence
 from frfx.linalg.linear_function import Map
 
@@ -104,18 +104,18 @@ def damped_cgls(
         mv: See `cgls`, as all that follows.
         rmv: The transpose.
         right: Shape (N, m).
-        damping: Tikhonov's parameter relative to the square of `largest_singular_value`.
+        damping: Tikhonov's parameter relative to the square of `largest_singular_value_of_each`.
         tolerance: Of the residual of the normal equations.
         max_steps: Bound on the steps.
     """
-    largest = largest_singular_value(mv, rmv, right) if damping else None
+    largest = largest_singular_value_of_each(mv, rmv, right) if damping else None
     shift = 0.0 if largest is None else damping * largest.square()
     return cgls(
         mv, rmv, right, tolerance=tolerance, max_steps=max_steps, shift=shift, largest=largest
     )
 
 
-def largest_singular_value(mv: Map, rmv: Map, like: Tensor) -> Tensor:
+def largest_singular_value_of_each(mv: Map, rmv: Map, like: Tensor) -> Tensor:
     """Return an estimate from below of the largest singular value of every sample.
 
     Args:
@@ -129,14 +129,8 @@ def largest_singular_value(mv: Map, rmv: Map, like: Tensor) -> Tensor:
     return largest_singular_values(mv, rmv, rmv(unstructured(like)), _LANCZOS_STEPS)
 
 
-def unstructured(like: Tensor) -> Tensor:
-    """Return vectors (N, m) without a structure that operators have, the same for every sample."""
-    count = torch.arange(1, like.shape[1] + 1, device=like.device, dtype=torch.float64)
-    return torch.cos(1.618 * count.square()).to(like.dtype).expand_as(like)
-
-
 def _squares(vectors: Tensor) -> Tensor:
     return vectors.square().sum(1)
 
 
-__all__ = ["cgls", "damped_cgls", "largest_singular_value", "unstructured"]
+__all__ = ["cgls", "damped_cgls", "largest_singular_value_of_each"]

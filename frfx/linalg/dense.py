@@ -20,7 +20,6 @@ from frfx.linalg.pseudo_inverse import (
     effective_rcond,
     gram_matrix,
     inverse_gram,
-    nbytes,
     pseudo_inverse,
     solve_dtype,
 )
@@ -71,7 +70,7 @@ class MatrixFactor(Factor):
     @property
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes."""
-        return nbytes(self.inverse)
+        return self.inverse.nbytes
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class GramFactor(Factor):
     @property
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes; the matrix is the model's."""
-        return nbytes(self.inverse)
+        return self.inverse.nbytes
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class DiagonalFactor(Factor):
     @property
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes."""
-        return nbytes(self.inverse)
+        return self.inverse.nbytes
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class WindowFactor(Factor):
     @property
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes."""
-        return nbytes(self.inverse)
+        return self.inverse.nbytes
 
 
 @dataclass(frozen=True)

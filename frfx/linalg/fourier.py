@@ -37,7 +37,6 @@ from frfx.linalg.form import (
 )
 from frfx.linalg.kernel_map import KernelMap
 from frfx.linalg.products import matmul
-from frfx.linalg.pseudo_inverse import nbytes
 from frfx.linalg.scratch import Scratch
 from frfx.recording import is_recorded
 
@@ -113,7 +112,6 @@ class FourierMap:
         by_dft = self.form == "dft"
         self._dft = Dft(grid, dtype, device, backend, self.parts) if by_dft else None
         self._kept: Any = None
-        self._ready = False
         self.by_kernels = KernelMap.of(self)
         by_torch = device.type == "cpu" and isinstance(backend, TorchBackend)
         few = rows * columns <= _POINTWISE_UP_TO
@@ -125,13 +123,13 @@ class FourierMap:
 
     def _make_ready(self) -> None:
         """Make what the form applies: a map that a kernel does in one seldom needs it."""
-        if self._ready:
+        if self._kept is not None or self.streams:
             return
-        self._ready, constant = True, self.backend.constant
+        constant = self.backend.constant
         with torch.inference_mode(False), torch.no_grad():
             if self.form == "matrix":
                 self._kept = constant(self._dense())
-            elif not self.streams:
+            else:
                 real = self.form == "dft"
                 kept = self._everywhere(real)
                 if self._pointwise:  # a frequency behind the other, in memory
@@ -154,10 +152,7 @@ class FourierMap:
         kept = [self._kept] if self._kept is not None else []
         kept += self._dft.tables if self._dft is not None else ()
         held = 0 if self.by_kernels is None else self.by_kernels.nbytes
-        return held + sum(
-            array.size * array.itemsize if not isinstance(array, Tensor) else nbytes(array)
-            for array in kept
-        )
+        return held + sum(array.nbytes for array in kept)
 
     def __call__(
         self, source: Tensor, minus: Tensor | None = None, plus: Tensor | None = None

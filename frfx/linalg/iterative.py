@@ -22,7 +22,6 @@ from frfx.linalg.pseudo_inverse import (
     Factor,
     Spectrum,
     largest_singular_value,
-    nbytes,
     solve_dtype,
 )
 from frfx.linalg.spectral import FACTOR_MEMORY, SpectralFactor
@@ -77,7 +76,7 @@ class IterativeFactor(Factor):
     @property
     def nbytes(self) -> int:
         """The memory that the scaled operator and the preconditioner hold, in bytes."""
-        held = nbytes(_entries(self.operator))
+        held = _entries(self.operator).nbytes
         return held if self.preconditioner is None else held + self.preconditioner.nbytes
 
     @torch.compiler.disable

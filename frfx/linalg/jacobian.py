@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from frfx.linalg.affine_layers import AffineLayers
-from frfx.linalg.cgls import unstructured
+from frfx.linalg.bidiagonal import unstructured
 
 
 class Jacobian:

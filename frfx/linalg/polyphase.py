@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from frfx.linalg.autocorrelation import Autocorrelation, Side, differences
 from frfx.linalg.form import Grid, chunk, fast_length
 from frfx.linalg.operators import Convolution
-from frfx.linalg.pseudo_inverse import Spectrum, gram_matrix, nbytes, singular_values
+from frfx.linalg.pseudo_inverse import Spectrum, gram_matrix, singular_values
 
 _SAMPLED_WORK = 1 << 30
 """Multiplications that the spectrum of a large model may cost."""
@@ -194,7 +194,7 @@ class Polyphase:
         """The memory that it holds for itself, in bytes."""
         taps = self.__dict__.get("taps")
         known = filter(None, self._autocorrelations.values())
-        return sum(each.nbytes for each in known) + (0 if taps is None else nbytes(taps))
+        return sum(each.nbytes for each in known) + (0 if taps is None else taps.nbytes)
 
     def to_blocks(self, x: Tensor) -> Tensor:
         """Return the operand in blocks: (N, C, *size) -> (N, G, columns, *blocks)."""

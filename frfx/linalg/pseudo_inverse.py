@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from frfx.linalg.bidiagonal import largest_singular_values
+from frfx.linalg.bidiagonal import largest_singular_values, unstructured
 from frfx.linalg.products import matmul
 
 _GRAM_FLOOR = 1e-7
@@ -117,11 +117,6 @@ def default_rcond(dtype: torch.dtype, size: int) -> float:
 def effective_rcond(rcond: float, damping: float) -> float:
     """Return the cutoff that is left beside damping: none where the damping says more."""
     return -1.0 if damping > rcond**2 else rcond
-
-
-def nbytes(*tensors: Tensor) -> int:
-    """Return the memory of tensors, in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def pseudo_inverse(
@@ -231,12 +226,10 @@ def largest_singular_value(matrix: Tensor) -> float:
     """
     if min(matrix.shape[-2:]) < _CHOLESKY_FROM:
         return float(singular_values(matrix).amax())
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[-1], generator=generator, dtype=torch.float64)
     found = largest_singular_values(
         lambda x: (matrix @ x[..., None])[..., 0],
         lambda y: (matrix.mH @ y[..., None])[..., 0],
-        start.to(matrix.device, matrix.dtype).expand(*matrix.shape[:-2], -1),
+        unstructured(matrix[..., 0, :]),
         _LANCZOS_STEPS,
     )
     return float(found.amax())

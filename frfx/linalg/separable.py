@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from frfx.linalg.pseudo_inverse import Factor, Spectrum, default_rcond, nbytes, solve_dtype
+from frfx.linalg.pseudo_inverse import Factor, Spectrum, default_rcond, solve_dtype
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class SeparableFactor(Factor):
     @property
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes."""
-        return nbytes(*(inverse for inverse in self.inverses if inverse is not None))
+        return sum(inverse.nbytes for inverse in self.inverses if inverse is not None)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class FilteredFactor(Factor):
     @property
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes."""
-        return nbytes(*self.analysis, self.weight, *self.synthesis)
+        return sum(t.nbytes for t in (*self.analysis, self.weight, *self.synthesis))
 
 
 def prepare(operator: Separable, rcond: float | None = None, damping: float = 0.0) -> Factor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ def nearest_embedding(logits: Tensor, labels: Tensor, margin: float = 0.0, dim: 
     Reference:
         Problem 21 in the L2 norm, Eq. 24-33, Algorithm 1; the margin shifts the competitors.
     """
-    check_labels(labels, logits, dim)
+    check_labels(labels, logits.shape, dim)
     found = _nearest_embedding(logits.to(solve_dtype(logits.dtype)), labels, dim, margin)
     return found.to(logits.dtype)
 
@@ -83,7 +83,7 @@ def maximum_assignment(
     Reference:
         Problem 21 in the L1 norm, Eq. 22-23.
     """
-    check_labels(labels, logits, dim)
+    check_labels(labels, logits.shape, dim)
     return _maximum_assignment(logits, labels, dim, margin)
 
 
@@ -110,7 +110,7 @@ def one_hot(logits: Tensor, labels: Tensor, dim: int = -1) -> Tensor:
     Raises:
         TargetError: If the labels do not fit the logits.
     """
-    check_labels(labels, logits, dim)
+    check_labels(labels, logits.shape, dim)
     return _one_hot(logits, labels, dim)
 
 
@@ -118,18 +118,18 @@ def _one_hot(logits: Tensor, labels: Tensor, dim: int) -> Tensor:
     return torch.zeros_like(logits).scatter(dim, labels.long().unsqueeze(dim), 1)
 
 
-def check_labels(labels: Tensor, logits: Tensor, dim: int = -1) -> None:
-    """Raise `TargetError` for labels that do not fit the logits."""
+def check_labels(labels: Tensor, logits: Sequence[int], dim: int = -1) -> None:
+    """Raise `TargetError` for labels that do not fit logits of a shape."""
     if not isinstance(labels, Tensor):
         raise TargetError(f"expected a tensor of labels, got {type(labels).__name__}")
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TargetError(f"labels have an integer dtype, not {labels.dtype}")
-    sizes = list(logits.shape)
+    sizes = list(logits)
     classes = sizes.pop(dim)
     if list(labels.shape) != sizes:
         raise TargetError(
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape "
-            f"{tuple(logits.shape)}: expected {tuple(sizes)}"
+            f"{tuple(logits)}: expected {tuple(sizes)}"
         )
     check_range(labels, classes)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from frfx import vocabulary
 from frfx.errors import PolicyError
 from frfx.linalg import Dense, Diagonal
-from frfx.linalg.pseudo_inverse import Spectrum, default_rcond, nbytes, solve_dtype
+from frfx.linalg.pseudo_inverse import Spectrum, default_rcond, solve_dtype
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
 from frfx.rules.base import AffineInversion, AffineRule, FactoredInversion, Inversion, one_input
@@ -76,7 +76,7 @@ class Weights:
     @property
     def nbytes(self) -> int:
         """The memory that they hold, in bytes."""
-        return nbytes(self.weight, self.largest)
+        return self.weight.nbytes + self.largest.nbytes
 
 
 class NormalizationInversion(FactoredInversion):

@@ -15,7 +15,6 @@ from frfx.linalg.pseudo_inverse import (
     Spectrum,
     default_rcond,
     effective_rcond,
-    nbytes,
     solve_dtype,
 )
 from frfx.ops import Op, Shape
@@ -51,7 +50,7 @@ class BroadcastFactor(Factor):
     @property
     def nbytes(self) -> int:
         """The memory that the factor holds, in bytes."""
-        return nbytes(self.scale, self.inverse)
+        return self.scale.nbytes + self.inverse.nbytes
 
 
 class ScaleInversion(AffineInversion):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from frfx import vocabulary
-from frfx.linalg.pseudo_inverse import nbytes, solve_dtype
+from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
 from frfx.rules.base import FactoredInversion, Inversion, Rule, one_input
@@ -57,7 +57,7 @@ class Sources:
     @property
     def nbytes(self) -> int:
         """The memory that it holds, in bytes."""
-        return nbytes(self.index, self.count)
+        return self.index.nbytes + self.count.nbytes
 
 
 class IndexInversion(FactoredInversion):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from frfx.linalg.cgls import cgls, damped_cgls, largest_singular_value
+from frfx.linalg.cgls import cgls, damped_cgls, largest_singular_value_of_each
 from tests.oracles import Array, normal, relative
 
 SYSTEMS = {
@@ -185,7 +185,7 @@ def test_a_miss_that_is_allowed(seed, rows, columns, rank):
 def test_largest_singular_value(seed, rows, columns, rank):
     """From below, and close."""
     matrix = matrices(seed, rows, columns, max(rank, 1), condition=3.0) * 7
-    found = largest_singular_value(*products(matrix), normal(seed, COUNT, rows))
+    found = largest_singular_value_of_each(*products(matrix), normal(seed, COUNT, rows))
     exact = torch.linalg.matrix_norm(matrix, 2)
     assert bool((found <= exact * (1 + 1e-12)).all())
     assert bool((found >= 0.5 * exact).all())
@@ -198,7 +198,7 @@ def test_damping_is_relative_to_the_largest_singular_value(seed, rows, columns, 
     options = {"tolerance": 1e-13, "max_steps": 500}
     found, convergence = damped_cgls(*products(matrix), right, damping=damping, **options)
     if damping:
-        largest = largest_singular_value(*products(matrix), right)
+        largest = largest_singular_value_of_each(*products(matrix), right)
         expected = damped(matrix, right, damping * largest.square())
     else:
         expected = pseudo_inverse(matrix, right)
@@ -212,10 +212,12 @@ def test_the_largest_singular_value_of_what_is_not_finite(bad):
     """It is said of the sample, and of no other."""
     matrix = matrices(0, 4, 5, 4)
     matrix[1, 0, 0] = bad
-    found = largest_singular_value(*products(matrix), normal(1, COUNT, 4))
+    found = largest_singular_value_of_each(*products(matrix), normal(1, COUNT, 4))
     assert found.isnan().tolist() == [False, True, False, False]
 
 
 def test_the_largest_singular_value_of_nothing():
     matrix = torch.zeros(COUNT, 3, 5, dtype=torch.float64)
-    assert not largest_singular_value(*products(matrix), torch.ones(COUNT, 3).double()).any()
+    assert not largest_singular_value_of_each(
+        *products(matrix), torch.ones(COUNT, 3).double()
+    ).any()
