@@ -1,5 +1,1 @@
-"""From a model and a layer to the reconstruction graph.
-
-In the order of the walk: view, trace (with symbolic, export, constants, functional, names), bind,
-tail, plan, emit, prepare, inverse.
-"""
+"""From a model and a layer to the reconstruction graph (docs/design.md has the walk)."""

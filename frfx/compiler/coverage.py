@@ -104,6 +104,3 @@ def _show(network: Network, step: Step) -> str:
 
 def _is_region(step: Step) -> bool:
     return isinstance(step.rule, (RegionRule, JointRule))
-
-
-__all__ = ["coverage"]

@@ -192,6 +192,3 @@ def write(chain: Sequence[Stage], walk: Walk, shorter: Shorter) -> None:
 def _calls_one(node: fx.Node | None) -> bool:
     """Tell whether a node reads one value and nothing else, not even sizes."""
     return node is not None and len(node.all_input_nodes) == 1
-
-
-__all__ = ["Apart", "Maps", "MergedForward", "MergedInversion", "find", "write"]

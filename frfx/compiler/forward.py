@@ -153,15 +153,3 @@ def _module(traced: Traced, graph: fx.Graph, name: str) -> fx.GraphModule:
     module = fx.GraphModule(root, graph, class_name=name)
     module.add_module("model", traced.root)  # whole: GraphModule copies only what it needs
     return module
-
-
-__all__ = [
-    "add_child",
-    "call_of",
-    "copy_nodes",
-    "forget_unused",
-    "forward_module",
-    "is_hooked",
-    "region_module",
-    "without_hooks",
-]

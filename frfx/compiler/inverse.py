@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from frfx.compiler.emit import Emitted
 from frfx.compiler.plan import Plan
 from frfx.compiler.prepare import Finish, Preparation
-from frfx.compiler.stage import Stage
 from frfx.compiler.trace import Traced
 from frfx.errors import NonFiniteError
 from frfx.joint import JointInversion, Report
@@ -367,6 +366,3 @@ class _Recorder(fx.Interpreter):
         if target == "finish":
             return args[0]
         return super().call_module(target, args, kwargs)
-
-
-__all__ = ["Inverse", "NodeValues", "Reconstruction", "Stage", "Summary", "SummaryRow"]

@@ -47,6 +47,3 @@ def merge(
         write(chain, walk, shorter)
     forget_unused(shorter.graph)
     return shorter.graph, merged
-
-
-__all__ = ["merge"]

@@ -24,7 +24,7 @@ from frfx.ops import Op, Shape
 from frfx.recording import is_recorded
 from frfx.rules.axis import Axis, RegularAxis, highest
 from frfx.rules.max_pool import MaxPoolMinimalRule, geometry
-from frfx.rules.windows import spatial_dims
+from frfx.rules.windows import WINDOW, spatial_dims, window_sizes
 
 INCREASING = frozenset(
     {
@@ -116,8 +116,7 @@ class Pooling(nn.Module):
 
 def windows(op: Op) -> tuple[tuple[int, ...], ...]:
     """Return kernel size, stride, padding and dilation along every dimension."""
-    names = ("kernel_size", "stride", "padding", "dilation")
-    return tuple(zip(*(_sizes(op, name, spatial_dims(op)) for name in names), strict=True))
+    return tuple(zip(*(window_sizes(op, name) for name in WINDOW), strict=True))
 
 
 def _rows_of(op: Op) -> int:
@@ -125,11 +124,6 @@ def _rows_of(op: Op) -> int:
     kernel, *others = windows(op)[0]
     simple = spatial_dims(op) == 2 and others == [kernel, 0, 1] and not op.arguments["ceil_mode"]
     return kernel if simple else 1
-
-
-def _sizes(op: Op, name: str, dims: int) -> tuple[int, ...]:
-    given = op.arguments[name] not in (None, (), [])
-    return op.sizes(name if given else "kernel_size", dims)
 
 
 def pool_first(traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node]) -> nn.Module:
@@ -175,6 +169,3 @@ def _is_increasing(node: fx.Node, traced: Traced, live: set[fx.Node]) -> bool:
         return False
     op = bind(node, traced, live)
     return op.type in INCREASING and set(op.inputs) == {"input"} and not op.computed
-
-
-__all__ = ["INCREASING", "Pooling", "pool_first", "windows"]

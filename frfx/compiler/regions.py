@@ -114,15 +114,3 @@ def _place(network: Network, tail: Tail, name: str | int, what: str) -> fx.Node:
             f"{nearest(paths[node], known)} These are: {', '.join(map(repr, known))}"
         )
     return node
-
-
-__all__ = [
-    "Region",
-    "between",
-    "branches",
-    "joint_regions",
-    "links",
-    "region",
-    "returns_several",
-    "top",
-]

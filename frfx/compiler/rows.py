@@ -73,6 +73,3 @@ def in_rows(op: Op) -> bool:
 
 def _padding(op: Op) -> tuple[int, ...]:
     return (0, 0) if op.arguments["padding"] == "valid" else op.sizes("padding", 2)
-
-
-__all__ = ["Rows", "in_rows"]

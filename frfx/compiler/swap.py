@@ -160,6 +160,3 @@ def write(chain: Sequence[Stage], walk: Walk, shorter: Shorter) -> None:
         walk.nodes[stage.results[0]], f"{op.name}_swapped",
         SwappedInversion(unpool, activation, call), target, output, x, pooled, activated,
     )  # fmt: skip
-
-
-__all__ = ["SwappedForward", "SwappedInversion", "find", "write"]

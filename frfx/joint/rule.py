@@ -10,11 +10,11 @@ from torch import Tensor
 
 from frfx.errors import InputError, TargetError, UnreachedError, UnreachedWarning
 from frfx.joint.margin import MarginConstraint
-from frfx.joint.matrix_free import OutputConstraint
-from frfx.joint.newton import nearest_feature
 from frfx.joint.options import JointOptions
+from frfx.joint.output import OutputConstraint
 from frfx.joint.region import Region
 from frfx.joint.report import Report
+from frfx.joint.sqp import nearest_feature
 from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op
 from frfx.rules.base import Inversion, Rule

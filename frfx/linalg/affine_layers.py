@@ -161,5 +161,3 @@ _PRODUCTS: dict[Any, Callable[..., Products | None]] = {
     F.batch_norm: _batch_norm,
     _aten.batch_norm.default: _aten_batch_norm,
 }
-
-__all__ = ["AffineLayers"]

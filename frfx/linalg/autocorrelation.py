@@ -78,6 +78,3 @@ def differences(shifts: Tensor) -> tuple[Tensor, Tensor]:
     pairs = shifts[:, None] - shifts
     lags, which = pairs.flatten(0, 1).unique(dim=0, return_inverse=True)
     return lags, which.view(len(shifts), len(shifts))
-
-
-__all__ = ["Autocorrelation", "Side", "differences"]

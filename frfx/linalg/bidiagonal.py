@@ -51,6 +51,3 @@ def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return vectors over their lengths, and these, shape (..., 1); 0 of what has none."""
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / length.clamp(min=torch.finfo(length.dtype).tiny), length
-
-
-__all__ = ["largest_singular_values", "unstructured"]

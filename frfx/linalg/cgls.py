@@ -131,6 +131,3 @@ def largest_singular_value_of_each(mv: Map, rmv: Map, like: Tensor) -> Tensor:
 
 def _squares(vectors: Tensor) -> Tensor:
     return vectors.square().sum(1)
-
-
-__all__ = ["cgls", "damped_cgls", "largest_singular_value_of_each"]

@@ -93,6 +93,3 @@ class Jacobian:
                 if bool(product.reshape(rows, -1)[still].any()):
                     return True
         return False
-
-
-__all__ = ["Jacobian"]

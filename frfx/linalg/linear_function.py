@@ -48,6 +48,3 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         return linear_function(ctx.mv, ctx.rmv, tangents[-1])
-
-
-__all__ = ["Map", "linear_function"]

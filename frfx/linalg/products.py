@@ -97,6 +97,3 @@ def _processor() -> str:
     """Return what the system says of the processor."""
     known = Path("/proc/cpuinfo")
     return known.read_text(errors="replace") if known.exists() else platform.processor()
-
-
-__all__ = ["addmm", "has_whole_registers", "matmul", "onednn_is_faster"]

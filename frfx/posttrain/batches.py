@@ -35,6 +35,3 @@ def _describe(batch: Any) -> str:
     if isinstance(batch, (tuple, list)):
         return f"a {kind} of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"
     return f"a {kind}"
-
-
-__all__ = ["Batch", "pairs"]

@@ -107,6 +107,3 @@ class Checkpoint:
 def _some(names: Any) -> str:
     first, *others = map(repr, names)
     return first + (f" and {len(others)} more" if others else "")
-
-
-__all__ = ["Checkpoint", "EpochRecord"]

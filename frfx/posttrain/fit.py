@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frfx.compiler.prepare import Weights
 from frfx.errors import FrfxError, TargetError
 from frfx.policy import Policy
-from frfx.posttrain.accuracy import accuracy
 from frfx.posttrain.batches import Batch, pairs
 from frfx.posttrain.checkpoint import Checkpoint, EpochRecord
+from frfx.posttrain.scoring import accuracy
 from frfx.posttrain.step import PostTraining
+from frfx.weights import Weights
 
 
 def post_train(

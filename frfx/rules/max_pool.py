@@ -27,7 +27,7 @@ from frfx.rules.axis import (
     taps,
 )
 from frfx.rules.base import Inversion, Rule, one_input
-from frfx.rules.windows import spatial_dims, unbatched
+from frfx.rules.windows import WINDOW, spatial_dims, unbatched, window_sizes
 
 _MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
@@ -281,12 +281,9 @@ class MaxPoolMinimalRule(Rule):
         return MinimalMaxUnpool(geometry(op))
 
 
-_SIZES = ("kernel_size", "stride", "padding", "dilation")
-
-
 def _refusal(op: Op) -> str | None:
     """Return why an op cannot be inverted, or None."""
-    reason = one_input(op, *(_SIZES if op.type is vocabulary.max_pool else ()))
+    reason = one_input(op, *(WINDOW if op.type is vocabulary.max_pool else ()))
     if reason:
         return reason
     if op.arguments.get("return_indices") or op.arguments.get("indices"):
@@ -300,8 +297,4 @@ def geometry(op: Op) -> Callable[[Shape, Shape], tuple[Axis, ...]]:
     """Return what makes an op's windows from the spatial sizes of its input and its output."""
     if op.type is vocabulary.adaptive_max_pool:
         return adaptive_axes
-    dims = spatial_dims(op)
-    given = op.arguments["stride"] not in (None, (), [])
-    names = ("kernel_size", "stride" if given else "kernel_size", "padding", "dilation")
-    kernel, stride, padding, dilation = (op.sizes(name, dims) for name in names)
-    return functools.partial(regular_axes, kernel, stride, padding, dilation)
+    return functools.partial(regular_axes, *(window_sizes(op, name) for name in WINDOW))

@@ -15,7 +15,7 @@ from frfx.ops import Op, Shape
 from frfx.registry import register_rule
 from frfx.rules.base import AffineRule, Inversion, one_input, spans_batch
 from frfx.rules.separable import Dimension, SeparableInversion, equal_singular_values
-from frfx.rules.windows import spatial_dims
+from frfx.rules.windows import spatial_dims, window_sizes
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ class AverageInversion(SeparableInversion):
 
     def __init__(self, op: Op, solver: Dense) -> None:
         super().__init__(op, spatial_dims(op), self._averages, solver)
-        self.kernel, self.padding = (self._argument(name) for name in ("kernel_size", "padding"))
-        no_stride = op.arguments["stride"] in (None, (), [])
-        self.stride = self.kernel if no_stride else self._argument("stride")
+        names = ("kernel_size", "stride", "padding")
+        self.kernel, self.stride, self.padding = (window_sizes(op, name) for name in names)
         self.divisor = op.arguments["divisor_override"]
 
     def factorize(self, key: Shape) -> Factor:
@@ -89,9 +88,6 @@ class AverageInversion(SeparableInversion):
             divisor = self.divisor or math.prod(self.kernel)
             return _spread(self.kernel, divisor, key, self.options)
         return super().factorize(key)
-
-    def _argument(self, name: str) -> tuple[int, ...]:
-        return self.op.sizes(name, spatial_dims(self.op))
 
     def _averages(self, dim: Dimension) -> Tensor:
         """Return what pooling does along one dimension: the divisors are products, too."""

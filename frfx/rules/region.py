@@ -19,6 +19,7 @@ from frfx.ops import Op, Shape
 from frfx.registry import register_rule
 from frfx.rules.base import Inversion, Rule, Unconverged, check_iteration, report_convergence
 from frfx.view import in_precision
+from frfx.weights import Weights
 
 _DAMPING = 1e-2
 """Damping unless the policy says otherwise: an undamped step goes so far that the region is nothing
@@ -45,7 +46,7 @@ class RegionInversion(Inversion):
         assert isinstance(op.module, fx.GraphModule)
         count = sum(node.op.startswith("call_") for node in op.module.graph.nodes)
         self.reason = f"a region of {count} ops"
-        self._coupling: tuple[tuple, bool] | None = None
+        self._coupling: tuple[Shape, Weights, bool] | None = None
 
     @torch.compiler.disable
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
@@ -83,13 +84,10 @@ class RegionInversion(Inversion):
 
     def _couples(self, jacobian: Jacobian, shape: Shape) -> bool:
         """Tell whether samples depend on each other: asked anew for other sizes and weights."""
-        tensors = self.op.tensors()
-        if any(tensor.is_inference() for tensor in tensors):  # nobody counts writes to these
-            return jacobian.couples_samples()
-        state = (shape, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
-        if self._coupling is None or self._coupling[0] != state:
-            self._coupling = state, jacobian.couples_samples()
-        return self._coupling[1]
+        tensors, known = self.op.tensors(), self._coupling
+        if known is None or known[0] != shape or not known[1].match(tensors):
+            known = self._coupling = shape, Weights(tensors), jacobian.couples_samples()
+        return known[2]
 
     @contextlib.contextmanager
     def _derivatives(self) -> Iterator[None]:

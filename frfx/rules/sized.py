@@ -145,6 +145,3 @@ def wait_for_sizes(rule: Rule, op: Op) -> Rule:
     if not op.size_of or rule.supports(op) is None:
         return rule
     return SizedRule(rule, tuple(op.size_of))
-
-
-__all__ = ["Built", "SizedInversion", "SizedRule", "wait_for_sizes"]

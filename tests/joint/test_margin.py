@@ -160,7 +160,7 @@ def test_the_safeguard_reaches_what_plain_steps_do_not(monkeypatch):
     assert measured.label_consistency == 1
     assert bool(safe.report["x"].reached.all())
     # Without cuts and restoration every step starts from a^ anew, and some winners swap for ever.
-    monkeypatch.setattr("frfx.joint.newton._PATIENCE", 10**6)
+    monkeypatch.setattr("frfx.joint.sqp._PATIENCE", 10**6)
     solve = margin.MarginPoint.correct
     monkeypatch.setattr(
         margin.MarginPoint,

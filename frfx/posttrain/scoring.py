@@ -58,6 +58,3 @@ def accuracy(model: nn.Module, loader: Iterable[Batch], output: str | int | None
             "the accuracy of no batch: the loader gave none; it must yield batches anew every time"
         )
     return int(right) / count
-
-
-__all__ = ["accuracy"]
