@@ -7,17 +7,15 @@ thread, and read as ratios within one run.
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from clock import clocked
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -28,21 +26,6 @@ from frfx import data, demo, models
 
 console = Console(width=150)
 MARGIN = 0.01
-
-
-class Clock:
-    """Seconds of the process that a block took."""
-
-    seconds = 0.0
-
-
-@contextmanager
-def clocked() -> Iterator[Clock]:
-    """Measure a block."""
-    gc.collect()
-    clock, start = Clock(), time.process_time()
-    yield clock
-    clock.seconds = time.process_time() - start
 
 
 def training_step(model: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -14,9 +14,8 @@ import multiprocessing
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ import torchvision
 import typer
 import zoo_models
 import zoo_page
+from clock import clocked
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -69,21 +69,6 @@ one that is solved to the end goes too far to be of use."""
 LARGE: dict[str, Any] = {"solver": "iterative", "damping": 1e-2}
 """For the linear layers of networks with one of more than 2,048 inputs and outputs, whose factor
 would take a minute."""
-
-
-class Clock:
-    """Seconds of the process that a block took."""
-
-    seconds = 0.0
-
-
-@contextmanager
-def clocked() -> Iterator[Clock]:
-    """Measure a block."""
-    gc.collect()
-    clock, start = Clock(), time.process_time()
-    yield clock
-    clock.seconds = time.process_time() - start
 
 
 def policies(model: nn.Module, logits: Tensor) -> dict[str, tuple[frfx.policy.Policy, str]]:

@@ -224,7 +224,7 @@ def _chain(network: Network, parametric: set[fx.Node]) -> Iterator[fx.Node]:
     """Yield the nodes that all paths lead through, and those of the main way past long bypasses."""
 
     def between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
-        chain = _dominators(network.flow, start, end)
+        chain = network.dominators(start, end)
         for before, after in itertools.pairwise(chain):
             inside = nx.descendants(network.flow, before) & nx.ancestors(network.flow, after)
             if 2 * len(inside & parametric) > len(parametric):
@@ -234,15 +234,6 @@ def _chain(network: Network, parametric: set[fx.Node]) -> Iterator[fx.Node]:
             yield after
 
     yield from between(network.traced.input, network.logits())
-
-
-def _dominators(flow: nx.DiGraph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """Return the nodes on every path from one node to another."""
-    above = nx.immediate_dominators(flow, start)
-    chain = [end]
-    while chain[-1] is not start:
-        chain.append(above[chain[-1]])
-    return chain[::-1]
 
 
 def _nearest(places: list[int], wanted: list[float], apart: float) -> tuple[int, ...]:

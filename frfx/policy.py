@@ -12,7 +12,7 @@ from frfx import registry
 from frfx.errors import PolicyError, nearest
 from frfx.joint.options import JointOptions
 from frfx.ops import Op
-from frfx.rules.base import Rule, check_choice
+from frfx.rules.base import Rule, check_choice, check_size
 
 Branches = Literal["region", "rules"]
 BRANCHES = ("region", "rules")
@@ -167,10 +167,6 @@ def _changed(overrides: Mapping[str, Override], name: str, change: Override) -> 
     return {**overrides, name: replace(change, branches=change.branches or before.branches)}
 
 
-_SIZES = ("label_margin", "clamp_margin", "rcond", "damping")
-"""Options that are numbers from zero on; `rcond` and `damping` may be None."""
-
-
 def _check_options(options: Mapping[str, Any]) -> None:
     known = registry.default.options()
     for name, value in options.items():
@@ -179,11 +175,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
                 f"no rule takes an option {name!r}.{nearest(name, known)} "
                 f"Options: {', '.join(sorted(known))}"
             )
-        is_size = isinstance(value, (int, float)) and 0 <= value < math.inf
-        if name in _SIZES and not is_size and not (name in ("rcond", "damping") and value is None):
-            raise PolicyError(f"{name} is a finite number from 0 on, not {value!r}")
-        if name == "clamp_margin" and value >= 1:
-            raise PolicyError(f"clamp_margin={value!r} leaves no range: it is less than 1")
+        check_size(name, value)
 
 
 def paper(

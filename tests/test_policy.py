@@ -273,6 +273,23 @@ def test_unknown_node_gets_the_nearest():
         frfx.invert(model, "first", policy=policy.paper().override(node="first", damping=1.0))
 
 
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (LinearRule, {"damping": -1.0}),
+        (LinearRule, {"rcond": float("nan")}),
+        (frfx.rules.NearestEmbeddingRule, {"label_margin": -1.0}),
+        (frfx.rules.RegionRule, {"damping": float("inf")}),
+        (frfx.rules.BatchNormRule, {"damping": "a"}),
+    ],
+)
+def test_rules_refuse_what_policies_do(make, options):
+    ((name, _),) = options.items()
+    for setting in (make, frfx.policy.paper):
+        with pytest.raises(frfx.PolicyError, match=f"{name} is a finite number from 0 on"):
+            setting(**options)
+
+
 def test_a_rule_leaves_what_is_done_about_branches():
     """In either order."""
     by_rule = {"node": "6", "rule": LinearRule()}

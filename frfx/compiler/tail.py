@@ -112,10 +112,10 @@ class Network:
         if output not in self.live or not nx.has_path(self.flow, traced.input, output):
             raise LayerError("the model's output does not depend on its input")
 
-    def dominators(self, start: fx.Node) -> list[fx.Node]:
-        """Return the nodes on every path from `start` to the output, in forward order."""
+    def dominators(self, start: fx.Node, end: fx.Node | None = None) -> list[fx.Node]:
+        """Return the nodes on every path from `start` to `end`, the output, in forward order."""
         idom = nx.immediate_dominators(self.flow, start)
-        chain = [self.output]
+        chain = [self.output if end is None else end]
         while chain[-1] is not start:
             chain.append(idom[chain[-1]])
         return chain[::-1]

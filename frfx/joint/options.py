@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 from frfx.errors import PolicyError
-
-_CHOICES = {"constraint": ("inequality", "equality"), "unreached": ("warn", "raise", "ignore")}
+from frfx.rules.base import check_choice
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,8 @@ class JointOptions:
     regions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                shown = " or ".join(map(repr, choices))
-                raise PolicyError(f"{name} is {shown}, not {getattr(self, name)!r}")
+        check_choice("constraint", self.constraint, ("inequality", "equality"))
+        check_choice("unreached", self.unreached, ("warn", "raise", "ignore"))
         for name in ("steps", "classes", "iterations"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

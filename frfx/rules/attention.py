@@ -268,6 +268,7 @@ class MultiheadAttentionRule(Rule):
     unconverged: Unconverged = "warn"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_iteration(self.tolerance, self.max_steps, self.unconverged)
 
     def supports(self, op: Op) -> str | None:

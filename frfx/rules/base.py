@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -218,6 +219,10 @@ class Rule(abc.ABC):
     accuracy: ClassVar[str] = "not stated"
     solvers: ClassVar[tuple[str, ...]] = ("closed form",)
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_size(field.name, getattr(self, field.name))
+
     def supports(self, op: Op) -> str | None:
         """Return None if the rule can invert the op, or the reason why it cannot.
 
@@ -292,6 +297,7 @@ class SolverRule(AffineRule):
     unconverged: Unconverged = "warn"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("solver", self.solver, SOLVERS)
         if self.solver == "iterative" and self.rcond is not None:
             raise PolicyError(
@@ -320,6 +326,20 @@ def check_iteration(tolerance: float, max_steps: int, unconverged: Unconverged) 
         raise PolicyError(f"tolerance={tolerance!r} does not lie between 0 and 1")
     if not (isinstance(max_steps, int) and max_steps >= 1):
         raise PolicyError(f"max_steps={max_steps!r} is less than one step, or no whole number")
+
+
+_SIZES = ("label_margin", "clamp_margin", "rcond", "damping")
+"""Options that are numbers from zero on; `rcond` and `damping` may be None."""
+
+
+def check_size(option: str, value: Any) -> None:
+    """Raise `PolicyError` for a value that an option cannot have, if it is a size."""
+    if option not in _SIZES or (value is None and option in ("rcond", "damping")):
+        return
+    if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+        raise PolicyError(f"{option} is a finite number from 0 on, not {value!r}")
+    if option == "clamp_margin" and value >= 1:
+        raise PolicyError(f"clamp_margin={value!r} leaves no range: it is less than 1")
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

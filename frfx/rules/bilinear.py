@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from frfx import vocabulary
-from frfx.errors import PolicyError
 from frfx.linalg import Matrix
 from frfx.linalg.pseudo_inverse import pseudo_inverses, solve_dtype
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
-from frfx.rules.base import AffineInversion, AffineRule, Inversion
+from frfx.rules.base import AffineInversion, AffineRule, Inversion, check_choice
 
 Labels = tuple[str, ...]
 
@@ -225,8 +224,8 @@ class BilinearRule(AffineRule):
     hold: Literal["left", "right"] = "left"
 
     def __post_init__(self) -> None:
-        if self.hold not in ("left", "right"):
-            raise PolicyError(f"hold is 'left' or 'right', not {self.hold!r}")
+        super().__post_init__()
+        check_choice("hold", self.hold, ("left", "right"))
 
     def supports(self, op: Op) -> str | None:
         names = operands(op)

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from frfx import vocabulary
-from frfx.errors import PolicyError
 from frfx.linalg import Dense, Diagonal
 from frfx.linalg.pseudo_inverse import Spectrum, default_rcond, solve_dtype
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
-from frfx.rules.base import AffineInversion, AffineRule, FactoredInversion, Inversion, one_input
+from frfx.rules.base import (
+    AffineInversion,
+    AffineRule,
+    FactoredInversion,
+    Inversion,
+    check_choice,
+    one_input,
+)
 
 
 @register_rule(vocabulary.batch_norm)
@@ -251,8 +257,8 @@ class NormalizationRule(AffineRule):
     statistics: Literal["forward", "free"] = "forward"
 
     def __post_init__(self) -> None:
-        if self.statistics not in ("forward", "free"):
-            raise PolicyError(f"statistics is 'forward' or 'free', not {self.statistics!r}")
+        super().__post_init__()
+        check_choice("statistics", self.statistics, ("forward", "free"))
 
     def supports(self, op: Op) -> str | None:
         read = ("weight", "bias", "eps", "normalized_shape", "num_groups", "use_input_stats")

@@ -214,6 +214,7 @@ class ProductRule(AffineRule):
     gate: Gate = "free"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("gate", self.gate, ("free", "held"))
 
     def supports(self, op: Op) -> str | None:

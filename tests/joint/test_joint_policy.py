@@ -45,8 +45,8 @@ def test_by_name_and_by_value():
         ({"margin": 0}, "margin is a finite number above 0, not 0"),
         ({"margin": float("nan")}, "margin is a finite number above 0, not nan"),
         ({"tolerance": -1}, "tolerance is a finite number above 0, not -1"),
-        ({"constraint": "both"}, "constraint is 'inequality' or 'equality', not 'both'"),
-        ({"unreached": None}, "unreached is 'warn' or 'raise' or 'ignore', not None"),
+        ({"constraint": "both"}, "constraint='both' is none of 'inequality', 'equality'"),
+        ({"unreached": None}, "unreached=None is none of 'warn', 'raise', 'ignore'"),
         ({"regions": [3]}, "regions are names of nodes, not (3,)"),
     ],
 )

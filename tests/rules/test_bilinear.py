@@ -397,7 +397,7 @@ def test_refused(case):
 
 
 def test_an_unknown_side_to_hold():
-    with pytest.raises(frfx.PolicyError, match="hold is 'left' or 'right', not 'both'"):
+    with pytest.raises(frfx.PolicyError, match="hold='both' is none of 'left', 'right'"):
         BilinearRule(hold="both")
 
 
