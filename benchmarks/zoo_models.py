@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from frfx.compiler.prepare import run_forward
+from frfx.compiler.probe import run_forward
 from frfx.compiler.tail import Network
 from frfx.compiler.trace import trace
 from frfx.view import evaluation_view

@@ -11,7 +11,7 @@ from frfx.compiler.coverage import coverage
 from frfx.compiler.emit import emit
 from frfx.compiler.inverse import Inverse
 from frfx.compiler.plan import make_plan
-from frfx.compiler.prepare import run_forward
+from frfx.compiler.probe import run_forward
 from frfx.compiler.tail import Layers, Network
 from frfx.compiler.trace import check_batch, trace
 from frfx.errors import ModeWarning

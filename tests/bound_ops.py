@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from oracles import Apply
 from torch import Tensor
 
 from frfx.compiler.bind import bind, live_nodes, op_type
@@ -15,6 +14,7 @@ from frfx.compiler.trace import trace
 from frfx.ops import Op, OpType
 from frfx.rules import Rule
 from frfx.view import evaluation_view
+from tests.oracles import Apply
 
 
 class _OfSeveral(Apply):

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracles import Array, damped_least_squares, jacobian
 from torch import Tensor
 
 from frfx.ops import Op, OpType
 from frfx.rules import Rule
+from tests.oracles import Array, damped_least_squares, jacobian
 
 
 def op_of(kind: OpType, *inputs: str, held: tuple[str, ...] = (), **arguments: Any) -> Op:

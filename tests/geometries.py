@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from oracles import normal
 
 from frfx.linalg import Convolution
+from tests.oracles import normal
 
 seeds = st.integers(0, 2**31)
 

@@ -11,12 +11,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from oracles import relative
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
 from frfx import errors
+from tests.oracles import relative
 
 
 def network() -> nn.Sequential:

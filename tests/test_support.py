@@ -12,16 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks_zoo import snapshot
-from oracles import (
-    Apply,
-    invert,
-    minimal_affine_preimage,
-    nearest_crossing,
-    normal,
-    relative,
-    window_distance,
-)
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18, swin_transformer
@@ -31,6 +21,16 @@ import frfx
 from frfx import ops, registry, vocabulary
 from frfx.joint import JointRule
 from frfx.rules import Rule
+from tests.networks_zoo import snapshot
+from tests.oracles import (
+    Apply,
+    invert,
+    minimal_affine_preimage,
+    nearest_crossing,
+    normal,
+    relative,
+    window_distance,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 COMMAND = "python -m frfx.support > docs/support.md"

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from frfx import vocabulary
 from frfx.compiler.bind import op_type
 from frfx.compiler.plan import Plan, Step, draft_plan
-from frfx.compiler.prepare import Preparation, run_forward
+from frfx.compiler.prepare import Preparation
+from frfx.compiler.probe import run_forward
 from frfx.compiler.regions import between, returns_several
 from frfx.compiler.tail import LayerInfo, Layers, Network, Tail
 from frfx.errors import UnsupportedOp, UnsupportedOpsError

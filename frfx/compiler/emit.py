@@ -53,7 +53,7 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     graph = fx.Graph()
     x, target = graph.placeholder("x"), graph.placeholder("target")
     start = graph.call_module("prepare", (x, target))
-    walk = _Walk(graph, copy_nodes(traced, graph, {traced.input: x}, traced.graph.nodes), start)
+    walk = _Writer(graph, copy_nodes(traced, graph, {traced.input: x}, traced.graph.nodes), start)
     inversions = nn.Module()
     stages = []
     for step in plan.steps:
@@ -75,7 +75,7 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     )
 
 
-class _Walk:
+class _Writer:
     """Writes the walk back: what has been answered for every forward node, so far.
 
     Args:

@@ -13,10 +13,9 @@ from torch import fx
 from frfx import vocabulary
 from frfx.compiler.bind import bind, op_type
 from frfx.compiler.regions import (
-    Region,
     between,
     branches,
-    joint_regions,
+    joint_links,
     links,
     region,
     returns_several,
@@ -149,10 +148,10 @@ def draft_plan(
             for the cut, though all ops can be inverted.
     """
     planner = _Planner(network, policy, shapes)
-    joint: list[Region] = []
+    joint: list[tuple[fx.Node, fx.Node]] = []
     above = tail
     if policy.joint is not None:
-        joint = joint_regions(network, tail, policy.joint)
+        joint = joint_links(network, tail, policy.joint)
         above = network.tail(top(network, tail, policy.joint))  # above it, every op has its rule
     planner.heads(above, embeds=not joint or above.cut is not above.logits)
     for start, end in reversed(links(network, above)):
@@ -160,11 +159,8 @@ def draft_plan(
             planner.link(start, end)
     problems = planner.problems()
     names = {name for step in planner.steps for name in (step.op.path, step.op.name)}
-    for op, end, inputs in joint:
-        assert policy.joint is not None
-        rule = JointRule(policy.joint, network.traced.batch)
-        planner.steps.append(Step(op, rule, end, inputs, inputs[:1]))
-        planner.answered.add(inputs[0])
+    for start, end in reversed(joint):
+        planner.joint(start, end)
     if not problems and tail.cut not in planner.answered and planner.steps:
         raise LayerError(
             f"no rule answers for {network.traced.paths[tail.cut]!r}: whatever reads it holds it "
@@ -245,8 +241,17 @@ class _Planner:
             self._problems.append(_problem(op, reason, rule, remedy))
             self.answered.add(start)  # so that every problem is found
         else:
-            op, *_ = region(self._network, start, end)
+            op = region(self._network, start, end)
             self._add(op, end, self._policy.rule_for(op))
+
+    def joint(self, start: fx.Node, end: fx.Node) -> None:
+        """Invert all between two nodes that all paths lead through jointly."""
+        assert self._policy.joint is not None
+        op = region(self._network, start, end)
+        rule = JointRule(self._policy.joint, self._network.traced.batch)
+        inputs = self._inputs(op)
+        self.steps.append(Step(op, rule, end, inputs, inputs[:1]))
+        self.answered.add(start)
 
     def _op(self, node: fx.Node, reached: set[fx.Node]) -> None:
         """Invert one op by its rule, if there is a target for it."""
@@ -269,8 +274,11 @@ class _Planner:
         one = len(sources) == 1 and not returns_several(self._network, node)
         rule = self._policy.rule_for(op)
         if one and isinstance(rule, RegionRule):
-            op, *_ = region(self._network, self._by_name[sources.pop()], node)
+            op = region(self._network, self._by_name[sources.pop()], node)
         self._add(op, node, rule)
+
+    def _inputs(self, op: Op) -> tuple[fx.Node, ...]:
+        return tuple(self._by_name[name] for name in op.inputs.values())
 
     def _bind(self, node: fx.Node, reached: set[fx.Node]) -> Op:
         op = bind(node, self._network.traced, self._network.live)
@@ -289,7 +297,7 @@ class _Planner:
                 )
             if not passes_labels:
                 rule = wait_for_sizes(rule, op)
-        inputs = tuple(self._by_name[name] for name in op.inputs.values())
+        inputs = self._inputs(op)
         seen = _with_shapes(op, node, inputs, self._shapes)
         reason = "no rule is registered for it" if rule is None else rule.supports(seen)
         if reason is not None:

@@ -15,12 +15,9 @@ from frfx.errors import LayerError, nearest
 from frfx.joint.options import JointOptions
 from frfx.ops import Op
 
-Region = tuple[Op, fx.Node, tuple[fx.Node, ...]]
-"""A region as an op, the node that it ends in, and what goes into it, the feature first."""
 
-
-def region(network: Network, start: fx.Node, end: fx.Node) -> Region:
-    """Return the part of a network between two nodes as one op.
+def region(network: Network, start: fx.Node, end: fx.Node) -> Op:
+    """Return the part of a network between two nodes as one op; the feature is its first input.
 
     Args:
         network: The data flow of the forward graph.
@@ -29,7 +26,7 @@ def region(network: Network, start: fx.Node, end: fx.Node) -> Region:
     """
     module, held = region_module(network, start, end)
     names = [f"held[{i}]" for i in range(len(held))]
-    op = Op(
+    return Op(
         type=vocabulary.region,
         name=end.name,
         path=network.traced.paths[end],
@@ -39,7 +36,6 @@ def region(network: Network, start: fx.Node, end: fx.Node) -> Region:
         module=module,
         held=frozenset(names),
     )
-    return op, end, (start, *held)
 
 
 def between(network: Network, start: fx.Node, end: fx.Node) -> set[fx.Node]:
@@ -71,8 +67,10 @@ def returns_several(network: Network, node: fx.Node) -> bool:
     return kind is not None and kind.several
 
 
-def joint_regions(network: Network, tail: Tail, options: JointOptions) -> list[Region]:
-    """Cut a tail into the regions that are inverted jointly, from the output back to the cut.
+def joint_links(
+    network: Network, tail: Tail, options: JointOptions
+) -> list[tuple[fx.Node, fx.Node]]:
+    """Return where the regions that are inverted jointly start and end, in forward order.
 
     Args:
         network: The data flow of the forward graph.
@@ -92,8 +90,7 @@ def joint_regions(network: Network, tail: Tail, options: JointOptions) -> list[R
                 f"regions: {network.traced.paths[node]!r} lies behind "
                 f"{network.traced.paths[places[1]]!r}, where joint inversion starts"
             )
-    ends = sorted(set(places), key=order.__getitem__, reverse=True)
-    return [region(network, start, end) for start, end in zip(ends[1:], ends[:-1], strict=True)]
+    return list(itertools.pairwise(sorted(set(places), key=order.__getitem__)))
 
 
 def top(network: Network, tail: Tail, options: JointOptions) -> fx.Node:

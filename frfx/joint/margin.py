@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frfx.joint.dual import nearest_point_multipliers
 from frfx.joint.region import Region
+from frfx.joint.sqp import Subproblem
 
 _WINDOW = 0.2
 """A class is in the way if it lies below the margin, or above by up to this share of the largest
@@ -121,27 +122,10 @@ class MarginPoint:
             self.reached[:, None], self._surplus.clamp(min=0), self._surplus
         )
 
-    def correct(
-        self,
-        offset: Tensor,
-        weight: Tensor,
-        cut: Tensor,
-        behind: Tensor,
-        use_cut: Tensor,
-        wanted: Tensor,
-    ) -> Tensor:
-        """Return the least correction d with which `weight * offset + d` meets the linearisation.
-
-        Args:
-            offset: From here to the forward feature, shape (L, n).
-            weight: How much of it is gone back, shape (L,).
-            cut: The correction before this one, shape (L, n).
-            behind: The step may not fall back behind that one: its product with the cut is this at
-                least, shape (L,).
-            use_cut: Where that is asked for, shape (L,), bool.
-            wanted: For which samples the correction is asked, shape (L,), bool; 0 for the others.
-        """
-        self._look(wanted)
+    def correct(self, asked: Subproblem) -> Tensor:
+        """Return the nearest point of the half-spaces that rivals, and the cut, leave."""
+        offset, weight, use_cut = asked.offset, asked.weight, asked.use_cut
+        self._look(asked.wanted)
         first = self._constraint.slopes(self._leaf, self._logits, self._rows, self._rivals[:, 0])
         count = self._in_way.sum(1)
         size = first.square().sum(1)
@@ -157,8 +141,8 @@ class MarginPoint:
             in_way, surplus = self._in_way[part], self._surplus[part]
             entry, place = in_way[:, 1:].nonzero(as_tuple=True)
             others = self._other_rows(part[entry], place + 1)
-            offsets, cuts, rows = offset[part].double(), cut[part], first[part]
-            weights, behinds, cutting = (v[part, None] for v in (weight, behind, use_cut))
+            offsets, cuts, rows = offset[part].double(), asked.cut[part], first[part]
+            weights, behinds, cutting = (v[part, None] for v in (weight, asked.behind, use_cut))
             corrections = []
             start = 0
             for group, width in _groups(widths):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from frfx.joint.region import Region
+from frfx.joint.sqp import Subproblem
 from frfx.linalg.cgls import cgls
 from frfx.linalg.jacobian import Jacobian
 
@@ -57,28 +58,12 @@ class OutputPoint:
         self.violation = residual.norm(dim=1).nan_to_num(nan=torch.inf)
         self.reached = self.violation <= slack
 
-    def correct(
-        self,
-        offset: Tensor,
-        weight: Tensor,
-        cut: Tensor,
-        behind: Tensor,
-        use_cut: Tensor,
-        wanted: Tensor,
-    ) -> Tensor:
-        """Return the least correction d with which `weight * offset + d` meets the linearisation.
-
-        Args:
-            offset: From here to the forward feature, shape (L, n).
-            weight: How much of it is gone back, shape (L,).
-            cut, behind, use_cut: Not used: the target is a point.
-            wanted: For which samples it is asked, shape (L,), bool; 0 for the others.
-        """
-        del cut, behind, use_cut
+    def correct(self, asked: Subproblem) -> Tensor:
+        """Return the least step to the target, which is a point: no cut tells more."""
         # What is missing of a target that counts as reached may cost far more than it is.
-        finite = (wanted & self.violation.isfinite())[:, None]
+        finite = (asked.wanted & self.violation.isfinite())[:, None]
         residual = torch.where(finite & ~self.reached[:, None], self._residual, 0)
-        residual = residual - self._jacobian.mv(weight[:, None] * offset)
+        residual = residual - self._jacobian.mv(asked.weight[:, None] * asked.offset)
         tolerance = 0.1 * torch.finfo(residual.dtype).eps ** 0.5
         solution, _ = cgls(
             self._jacobian.mv,
@@ -86,6 +71,6 @@ class OutputPoint:
             torch.where(finite, residual, 0),
             tolerance=tolerance,
             miss=tolerance,
-            max_steps=min(self._iterations, 2 * min(offset.shape[1], residual.shape[1]) + 2),
+            max_steps=min(self._iterations, 2 * min(asked.offset.shape[1], residual.shape[1]) + 2),
         )
         return solution

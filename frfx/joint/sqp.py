@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,22 +22,36 @@ _SHORTER = 0.25
 """How much shorter a reached sample goes back towards `a^` once a whole step has gained nothing."""
 
 
+@dataclass(frozen=True)
+class Subproblem:
+    """A step: the least d with which `weight * offset + d` meets the linearised constraint.
+
+    Attributes:
+        offset: From here to the forward feature, shape (L, n).
+        weight: How much of it is gone back, shape (L,).
+        cut: The correction before this one, shape (L, n).
+        behind: The step may not fall back behind that one: its product with the cut is this at
+            least, shape (L,).
+        use_cut: Where that is asked for, shape (L,), bool.
+        wanted: For which samples the correction is asked, shape (L,), bool; 0 for the others.
+    """
+
+    offset: Tensor
+    weight: Tensor
+    cut: Tensor
+    behind: Tensor
+    use_cut: Tensor
+    wanted: Tensor
+
+
 class Point(Protocol):
     """A constraint, linearised at one feature a sample."""
 
     violation: Tensor
     reached: Tensor
 
-    def correct(
-        self,
-        offset: Tensor,
-        weight: Tensor,
-        cut: Tensor,
-        behind: Tensor,
-        use_cut: Tensor,
-        wanted: Tensor,
-    ) -> Tensor:
-        """Return the least d with which `weight * offset + d` meets the linearised constraint."""
+    def correct(self, asked: Subproblem) -> Tensor:
+        """Return what solves a subproblem, shape (L, n)."""
 
 
 class Constraint(Protocol):
@@ -113,7 +128,8 @@ def nearest_feature(
         weight = torch.where(reached, live.weight, (~restored).to(at.dtype))
         use_cut = live.has_cut & ~reached
         behind = (1 - live.share) * live.slope
-        found = point.correct(offset, weight, live.cut, behind, use_cut, ~(done | stalls))
+        asked = Subproblem(offset, weight, live.cut, behind, use_cut, ~(done | stalls))
+        found = point.correct(asked)
         whole = weight == 1
         done |= reached & whole & (distance <= (1 + tolerance) * _norm(found))
         step = torch.addcmul(found, weight[:, None], offset)

@@ -11,7 +11,7 @@ from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.conjugate_gradients import Convergence
 from frfx.linalg.dense import Dense, write_out, written_out_bytes
 from frfx.linalg.iterative import MAX_STEPS, TOLERANCE, Iterative, IterativeFactor
-from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed
+from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed, convolution_of
 from frfx.linalg.polyphase import Polyphase
 from frfx.linalg.pseudo_inverse import Factor, Spectrum, singular_values
 from frfx.linalg.separable import Separable
@@ -107,7 +107,7 @@ class Solver:
             return Choice(factor, self.name, "as asked")
         if isinstance(operator, (Matrix, Diagonal, Separable)):
             return Choice(self._dense.prepare(operator), "dense", "a matrix")
-        conv = operator.of if isinstance(operator, Transposed) else operator
+        conv = convolution_of(operator)
         if conv.disjoint:
             reason = "its windows share no entry: a matrix each"
             return Choice(self._dense.prepare(operator), "dense", reason)
@@ -118,7 +118,7 @@ class Solver:
 
     def _approximated(self, operator: Convolution | Transposed, backend: Backend) -> Choice:
         """Choose where the circular model is not the operator."""
-        conv = operator.of if isinstance(operator, Transposed) else operator
+        conv = convolution_of(operator)
         if written_out_bytes(operator) <= _WRITE_OUT:
             singular = singular_values(write_out(operator).double())
             spectrum = Spectrum(float(singular.amax()), float(singular.amin()), deficient=False)

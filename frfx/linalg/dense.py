@@ -11,7 +11,7 @@ from torch import Tensor
 
 from frfx.linalg import separable
 from frfx.linalg.backend import Backend, torch_backend
-from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed
+from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed, convolution_of
 from frfx.linalg.products import addmm, matmul
 from frfx.linalg.pseudo_inverse import (
     Factor,
@@ -235,10 +235,9 @@ class Dense:
             return self._diagonal(operator.diagonal)
         if isinstance(operator, Matrix):
             return self._matrix(operator.matrix)
-        if isinstance(operator, Convolution) and operator.disjoint:
-            return self._windows(operator, transposed=False)
-        if isinstance(operator, Transposed) and operator.of.disjoint:
-            return self._windows(operator.of, transposed=True)
+        conv = convolution_of(operator)
+        if conv.disjoint:
+            return self._windows(conv, transposed=isinstance(operator, Transposed))
         matrices = write_out(operator)
         groups = len(matrices)
         if groups == 1:
@@ -302,12 +301,12 @@ class Dense:
 def written_out_bytes(operator: Convolution | Transposed) -> int:
     """Return the memory, in bytes, of an operator written out as matrices in double."""
     entries = math.prod(operator.in_shape) * math.prod(operator.out_shape)
-    return 8 * entries // _convolution(operator).groups
+    return 8 * entries // convolution_of(operator).groups
 
 
 def write_out(operator: Convolution | Transposed) -> Tensor:
     """Return an operator's matrices (groups, outputs, inputs), in the type of its kernel."""
-    kernel, groups = operator.kernel, _convolution(operator).groups
+    kernel, groups = operator.kernel, convolution_of(operator).groups
     inputs = math.prod(operator.in_shape) // groups
     columns = []
     for start in range(0, inputs, _COLUMNS):
@@ -318,7 +317,3 @@ def write_out(operator: Convolution | Transposed) -> Tensor:
         image = operator.mv(basis.view(count, *operator.in_shape))
         columns.append(image.reshape(count, groups, -1))
     return torch.cat(columns).permute(1, 2, 0)
-
-
-def _convolution(operator: Convolution | Transposed) -> Convolution:
-    return operator.of if isinstance(operator, Transposed) else operator

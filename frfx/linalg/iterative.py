@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,10 +143,10 @@ def _entries(operator: Matrix | Convolution | Transposed) -> Tensor:
     return operator.matrix if isinstance(operator, Matrix) else operator.kernel
 
 
-def _scaled(operator: Matrix | Convolution | Transposed, scale: float) -> Any:
+def _scaled(
+    operator: Matrix | Convolution | Transposed, scale: float
+) -> Matrix | Convolution | Transposed:
     """Return the operator divided by a number, in the precision that is solved in."""
-    if isinstance(operator, Transposed):
-        return Transposed(_scaled(operator.of, scale))
     entries = _entries(operator).detach()  # to autograd a constant: no step is recorded
     entries = entries.to(solve_dtype(entries.dtype)) / scale
     return Matrix(entries) if isinstance(operator, Matrix) else operator.with_kernel(entries)

@@ -236,6 +236,10 @@ class Transposed:
         """The kernel, in the layout of the convolution."""
         return self.of.kernel
 
+    def with_kernel(self, kernel: Tensor) -> Transposed:
+        """Return the operator with another kernel of the same shape."""
+        return Transposed(self.of.with_kernel(kernel))
+
     def to(self, dtype: torch.dtype) -> Transposed:
         """Return the operator in another type."""
         return Transposed(self.of.to(dtype))
@@ -247,3 +251,8 @@ class Transposed:
     def rmv(self, y: Tensor) -> Tensor:
         """Apply the transpose."""
         return self.of.mv(y)
+
+
+def convolution_of(operator: Convolution | Transposed) -> Convolution:
+    """Return the convolution that an operator is, or is the transpose of."""
+    return operator.of if isinstance(operator, Transposed) else operator

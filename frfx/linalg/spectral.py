@@ -12,7 +12,7 @@ from frfx.linalg.autocorrelation import Side
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.form import Grid, spectral_bytes
 from frfx.linalg.fourier import FourierMap
-from frfx.linalg.operators import Convolution, Transposed
+from frfx.linalg.operators import Convolution, Transposed, convolution_of
 from frfx.linalg.polyphase import Polyphase
 from frfx.linalg.pseudo_inverse import (
     Factor,
@@ -62,8 +62,7 @@ class SpectralFactor(Factor):
         spectrum: Spectrum | None = None,
         backend: Backend = torch_backend,
     ) -> None:
-        transposed = isinstance(operator, Transposed)
-        conv = operator.of if isinstance(operator, Transposed) else operator
+        transposed, conv = isinstance(operator, Transposed), convolution_of(operator)
         self.dtype = solve_dtype(conv.kernel.dtype)
         single = damping >= _SINGLE_DAMPING and self.dtype == torch.float32
         model = Polyphase(conv, torch.float32 if single else torch.float64)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from frfx import vocabulary
 from frfx.compiler.bind import op_type
 from frfx.compiler.forward import forward_module
-from frfx.compiler.prepare import run_forward
+from frfx.compiler.probe import run_forward
 from frfx.compiler.tail import Network
 from frfx.compiler.trace import Traced, is_output, trace
 from frfx.errors import LayerError, ModeWarning, TargetError, TraceMismatchError

@@ -13,18 +13,10 @@ from torch.nn import functional as F
 from frfx import vocabulary
 from frfx.linalg.cgls import damped_cgls
 from frfx.linalg.conjugate_gradients import Convergence
-from frfx.linalg.iterative import MAX_STEPS, TOLERANCE
 from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op
 from frfx.registry import register_rule
-from frfx.rules.base import (
-    AffineRule,
-    Inversion,
-    Rule,
-    Unconverged,
-    check_iteration,
-    report_convergence,
-)
+from frfx.rules.base import AffineRule, CGLSRule, Inversion, report_convergence
 from frfx.rules.bilinear import held_damping, matmul_labels, solve_contraction
 
 _OPERANDS = ("query", "key", "value")
@@ -242,7 +234,7 @@ class ValuePath:
 
 @register_rule(vocabulary.multi_head_attention)
 @dataclass(frozen=True)
-class MultiheadAttentionRule(Rule):
+class MultiheadAttentionRule(CGLSRule):
     """`v* = v^ + A+ (y* - y^)` with A the whole path from the value to the output, weights held.
 
     Query and key keep their forward values, an approximation as in `AttentionRule`; and so does
@@ -251,25 +243,14 @@ class MultiheadAttentionRule(Rule):
     would only be the same where all of them are invertible.
 
     Attributes:
-        damping: Tikhonov's parameter relative to the squared largest singular value of a sample's
-            A, which a bidiagonalisation estimates from below; None as in `AttentionRule`.
-        tolerance: Bound on the residual of the normal equations, relative by sample.
-        max_steps: Bound on the steps of the conjugate gradients.
-        unconverged: What to do about samples that they have not solved: ``"warn"``, ``"raise"`` or
-            ``"ignore"``.
+        damping: See `CGLSRule`; None as in `AttentionRule`.
+        tolerance: See `CGLSRule`.
+        max_steps: See `CGLSRule`.
+        unconverged: See `CGLSRule`.
     """
 
     equation = "Eq. 4 with the weights held"
     accuracy = "approximate: the weights are held at their forward values"
-    solvers = ("CGLS",)
-    damping: float | None = None
-    tolerance: float = TOLERANCE
-    max_steps: int = MAX_STEPS
-    unconverged: Unconverged = "warn"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_iteration(self.tolerance, self.max_steps, self.unconverged)
 
     def supports(self, op: Op) -> str | None:
         reason = _not_attention(op)

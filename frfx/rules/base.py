@@ -319,6 +319,30 @@ class SolverRule(AffineRule):
         return AffineInversion(op, operator, solver, key, self.unconverged)
 
 
+@dataclass(frozen=True)
+class CGLSRule(Rule):
+    """A rule that solves by conjugate gradients, of an operator that is only applied.
+
+    Attributes:
+        damping: Tikhonov's parameter relative to the squared largest singular value of a sample's
+            operator, which a bidiagonalisation estimates from below; None leaves it to the rule.
+        tolerance: Bound on the residual of the normal equations, relative by sample.
+        max_steps: Bound on the steps.
+        unconverged: What to do about samples that are above the tolerance after the last step:
+            ``"warn"``, ``"raise"`` or ``"ignore"``.
+    """
+
+    solvers = ("CGLS",)
+    damping: float | None = None
+    tolerance: float = TOLERANCE
+    max_steps: int = MAX_STEPS
+    unconverged: Unconverged = "warn"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_iteration(self.tolerance, self.max_steps, self.unconverged)
+
+
 def check_iteration(tolerance: float, max_steps: int, unconverged: Unconverged) -> None:
     """Raise `PolicyError` for options that no iterative solver can keep to."""
     check_choice("unconverged", unconverged, ("warn", "raise", "ignore"))

@@ -12,12 +12,11 @@ from torch import Tensor, fx
 from frfx import vocabulary
 from frfx.errors import UnsupportedOp, UnsupportedOpsError
 from frfx.linalg.cgls import damped_cgls
-from frfx.linalg.iterative import MAX_STEPS
 from frfx.linalg.jacobian import Jacobian
 from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op, Shape
 from frfx.registry import register_rule
-from frfx.rules.base import Inversion, Rule, Unconverged, check_iteration, report_convergence
+from frfx.rules.base import CGLSRule, Inversion, report_convergence
 from frfx.view import in_precision
 from frfx.weights import Weights
 
@@ -110,32 +109,22 @@ class RegionInversion(Inversion):
 @register_rule(vocabulary.region)
 @register_rule(vocabulary.shifted_window_attention)
 @dataclass(frozen=True)
-class RegionRule(Rule):
+class RegionRule(CGLSRule):
     """The step of least norm among those that bring the linearised region nearest to its target.
 
     Nothing inside of the region needs a rule, only a derivative; what the layer does not reach is
     held at its forward value. The Jacobian is never formed.
 
     Attributes:
-        damping: Tikhonov's parameter relative to the squared largest singular value of a sample's
-            Jacobian, which a bidiagonalisation estimates from below; None for 1e-2.
-        tolerance: Bound on the residual of the normal equations, relative by sample.
-        max_steps: Bound on the steps of conjugate gradients.
-        unconverged: What to do about samples that are above the tolerance after the last step:
-            ``"warn"``, ``"raise"`` or ``"ignore"``.
+        damping: See `CGLSRule`; None for 1e-2.
+        tolerance: See `CGLSRule`.
+        max_steps: See `CGLSRule`.
+        unconverged: See `CGLSRule`.
     """
 
     equation = "Eq. 4, 6 and 7 for the Jacobian of a whole region"
     accuracy = "approximate: the region is linearised at its forward values, and damped"
-    solvers = ("CGLS",)
-    damping: float | None = None
     tolerance: float = _TOLERANCE
-    max_steps: int = MAX_STEPS
-    unconverged: Unconverged = "warn"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_iteration(self.tolerance, self.max_steps, self.unconverged)
 
     def supports(self, op: Op) -> str | None:
         if op.type is vocabulary.region:

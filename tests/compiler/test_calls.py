@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 import zoo_models
-from oracles import invert, normal, relative
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
+from tests.oracles import invert, normal, relative
 
 
 class Reused(nn.Module):

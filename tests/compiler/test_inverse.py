@@ -11,12 +11,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from oracles import circulant, embedding_by_quadprog, paper_convolution, relative
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
 from frfx import networks
+from tests.oracles import circulant, embedding_by_quadprog, paper_convolution, relative
 
 
 def small(seed: int = 0) -> nn.Sequential:

@@ -9,10 +9,10 @@ import pickle
 
 import pytest
 import torch
-from oracles import normal
 from torch import Tensor, nn
 
 import frfx
+from tests.oracles import normal
 
 Named = collections.namedtuple("Named", ["main", "aux"])
 

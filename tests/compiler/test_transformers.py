@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import normal
 from torch import fx, nn
 
 import frfx
 from frfx.compiler.trace import trace
 from frfx.view import evaluation_view
+from tests.oracles import normal
 
 LATER = torch.ones(5, 5, dtype=torch.bool).triu(1)
 PADDING = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 0, 0]], dtype=torch.bool)

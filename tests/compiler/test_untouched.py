@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from networks_zoo import SUBJECTS, Cnn, batch, snapshot, subject
 from torch import Tensor, nn
 
 import frfx
 from frfx.rules import Inversion, Rule
+from tests.networks_zoo import SUBJECTS, Cnn, batch, snapshot, subject
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::frfx.ModeWarning"),

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 
 import frfx
 from frfx.joint import margin
+from frfx.joint.sqp import Subproblem
 from tests.oracles import integers, normal
 
 
@@ -165,9 +167,7 @@ def test_the_safeguard_reaches_what_plain_steps_do_not(monkeypatch):
     monkeypatch.setattr(
         margin.MarginPoint,
         "correct",
-        lambda self, offset, weight, cut, behind, use, wanted: solve(
-            self, offset, weight, cut, behind, torch.zeros_like(use), wanted
-        ),
+        lambda self, asked: solve(self, replace(asked, use_cut=torch.zeros_like(asked.use_cut))),
     )
     plain = frfx.invert(model, 0, policy=policy)
     plain(x, y)
@@ -250,7 +250,7 @@ def test_who_is_not_asked_gets_no_correction():
     )
     nothing, no = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.bool)
     zeros, asked = nothing[0], torch.tensor([False, True])
-    found = point.correct(nothing, zeros + 1, nothing, zeros, no, asked)
+    found = point.correct(Subproblem(nothing, zeros + 1, nothing, zeros, no, asked))
     assert found[0].tolist() == [0, 0]
     row = torch.tensor([1 / 4 - 1, 1 / 6 - 1], dtype=torch.float64)
     expected = row * (13 - 5 + 0.1) / row.square().sum()

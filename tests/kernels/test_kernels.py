@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import embedding_by_quadprog, integers, normal, relative
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,6 +24,7 @@ from frfx.rules import activation
 from frfx.rules.label import NearestEmbedding
 from tests.kernels.emulator import FUNCTORS, EmulatedLauncher, library
 from tests.linalg.test_fourier import dense_product, image_for, make
+from tests.oracles import embedding_by_quadprog, integers, normal, relative
 from tests.rules.test_max_pool import pools
 
 from frfx.kernels import CupyLauncher, Device, Kernels, Sizes, arrangement  # isort: skip

@@ -7,9 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from geometries import convolutions, matrix_of, seeds
 from hypothesis import given
-from oracles import damped_least_squares, normal, relative
 
 from frfx.linalg import (
     Convolution,
@@ -23,6 +21,8 @@ from frfx.linalg import (
     Transposed,
     auto,
 )
+from tests.geometries import convolutions, matrix_of, seeds
+from tests.oracles import damped_least_squares, normal, relative
 
 PADDED = ((1, 1), (1, 1))
 

@@ -8,11 +8,11 @@ import re
 
 import pytest
 import torch
-from oracles import normal, relative
 
 from frfx.errors import BackendError
 from frfx.linalg import Convolution, Solver
 from frfx.linalg.backend import BACKENDS, get_backend, torch_backend
+from tests.oracles import normal, relative
 
 OPERATORS = {
     "matrix": Convolution(normal(0, 3, 2, 3, 3).float(), (6, 6)),

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from geometries import convolutions, matrix_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles import damped_least_squares, normal, relative
 
 from frfx.linalg import Convolution, Dense, Diagonal, Matrix, Transposed
 from frfx.linalg.dense import GramFactor, MatrixFactor, WindowFactor, write_out, written_out_bytes
+from tests.geometries import convolutions, matrix_of
+from tests.oracles import damped_least_squares, normal, relative
 
 seeds = st.integers(0, 2**31)
 sizes = st.integers(1, 8)

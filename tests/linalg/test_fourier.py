@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import normal, relative
 
 from frfx.linalg import form as form_module
 from frfx.linalg import fourier
 from frfx.linalg.backend import Backend, Namespace, torch_backend
 from frfx.linalg.form import fast_length
 from frfx.linalg.fourier import FourierMap, Grid, choose_form
+from tests.oracles import normal, relative
 
 seeds = st.integers(0, 2**31)
 FORMS = ("matrix", "dft", "fft")

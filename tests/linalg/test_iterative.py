@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from geometries import convolutions, matrix_of, seeds
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles import damped_least_squares, normal, relative
 
 from frfx.linalg import Convolution, Iterative, Matrix, Transposed
 from frfx.linalg.conjugate_gradients import conjugate_gradients
 from frfx.linalg.iterative import MAX_STEPS, TOLERANCE
+from tests.geometries import convolutions, matrix_of, seeds
+from tests.oracles import damped_least_squares, normal, relative
 
 either_way = st.sampled_from([lambda operator: operator, Transposed])
 well = convolutions(dominant=3.0)

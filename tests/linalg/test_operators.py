@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from geometries import convolutions, matrix_of, plain_sum, seeds
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles import jacobian, normal, relative
 from torch import nn
 
 from frfx.linalg import Convolution, Diagonal, Matrix, Transposed
+from tests.geometries import convolutions, matrix_of, plain_sum, seeds
+from tests.oracles import jacobian, normal, relative
 
 sizes = st.integers(1, 6)
 

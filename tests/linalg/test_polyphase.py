@@ -9,15 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from geometries import convolutions, model_matrix
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import normal, relative
 
 from frfx.linalg import Convolution
 from frfx.linalg.autocorrelation import Autocorrelation, differences
 from frfx.linalg.form import Grid
 from frfx.linalg.polyphase import Polyphase
+from tests.geometries import convolutions, model_matrix
+from tests.oracles import normal, relative
 
 sides = st.sampled_from(["rows", "columns"])
 

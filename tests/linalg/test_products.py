@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import normal, relative
 from torch import Tensor
 
 from frfx.linalg import products
 from frfx.linalg.products import has_whole_registers, matmul, onednn_is_faster
+from tests.oracles import normal, relative
 
 needs_onednn = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import normal, relative
 
 from frfx.linalg import pseudo_inverse as module
 from frfx.linalg.pseudo_inverse import (
@@ -22,6 +21,7 @@ from frfx.linalg.pseudo_inverse import (
     solve_damped,
     solve_dtype,
 )
+from tests.oracles import normal, relative
 
 seeds = st.integers(0, 2**31)
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import damped_least_squares, normal, relative
 
 from frfx.linalg import Dense, Separable
 from frfx.linalg.separable import FilteredFactor, SeparableFactor
+from tests.oracles import damped_least_squares, normal, relative
 
 seeds = st.integers(0, 2**31)
 

@@ -8,15 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from geometries import convolutions, matrix_of, model_matrix, plain_sum
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles import circulant, damped_least_squares, normal, pad_left, paper_convolution, relative
 
 from frfx.linalg import Convolution, Spectral, Transposed, form, polyphase
 from frfx.linalg.form import fast_length
 from frfx.linalg.polyphase import Polyphase
 from frfx.linalg.spectral import SpectralFactor
+from tests.geometries import convolutions, matrix_of, model_matrix, plain_sum
+from tests.oracles import (
+    circulant,
+    damped_least_squares,
+    normal,
+    pad_left,
+    paper_convolution,
+    relative,
+)
 
 seeds = st.integers(0, 2**31)
 

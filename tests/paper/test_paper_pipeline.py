@@ -19,7 +19,10 @@ from paper.experiments import feature_shapes, reversed_channels
 from paper.plots import half_width, mosaic
 from paper.records import read_compact
 from paper.repairs import STRATEGIES
-from test_data import (
+from torchvision import datasets
+
+from frfx import networks
+from tests.test_data import (
     CIFAR10_NAMES,
     accept_checksums,
     random_bytes,
@@ -27,9 +30,6 @@ from test_data import (
     write_idx,
     write_image,
 )
-from torchvision import datasets
-
-from frfx import networks
 
 
 def mnist(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

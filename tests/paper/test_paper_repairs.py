@@ -6,9 +6,9 @@ import pytest
 import torch
 from paper.repairs import STRATEGIES, Outcome, Repair, table
 from paper.study import Study
-from test_paper_stack import SPEC, some_images
 
 from frfx import networks
+from tests.paper.test_paper_stack import SPEC, some_images
 
 
 @pytest.fixture(scope="module")

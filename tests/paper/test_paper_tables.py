@@ -17,7 +17,8 @@ from paper import layout, pages, published, runs, statistics
 from paper.cost import PLAIN, Cost, measure, peak
 from paper.records import Cell, Record, Store, read_compact, write_compact
 from paper.settings import BENCHMARKS, METHODS, STAGES
-from test_paper_stack import ALPHA, SPEC, some_images
+
+from tests.paper.test_paper_stack import ALPHA, SPEC, some_images
 
 torch = pytest.importorskip("torch")
 

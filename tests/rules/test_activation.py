@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import invert, nearest_crossing, normal, reconstruct
 from scipy import special
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
 from frfx.rules import dip as dips
+from tests.oracles import invert, nearest_crossing, normal, reconstruct
 
 INF = math.inf
 aten = torch.ops.aten

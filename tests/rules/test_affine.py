@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import damped_least_squares, invert, minimal_affine_preimage, normal, relative
-from oracles import reconstruct as rebuild
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
+from tests.oracles import damped_least_squares, invert, minimal_affine_preimage, normal, relative
+from tests.oracles import reconstruct as rebuild
 
 seeds = st.integers(0, 2**31)
 

@@ -9,16 +9,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from bound_ops import bound, solve
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import jacobian, minimal_affine_preimage, normal, relative
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
 from frfx import vocabulary
 from frfx.rules import AttentionRule, MultiheadAttentionRule
+from tests.bound_ops import bound, solve
+from tests.oracles import jacobian, minimal_affine_preimage, normal, relative
 
 seeds = st.integers(0, 2**31)
 SDPA = vocabulary.scaled_dot_product_attention

@@ -7,12 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from oracles import jacobian, minimal_affine_preimage, normal, relative
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 import frfx
+from tests.oracles import jacobian, minimal_affine_preimage, normal, relative
 
 RULES = frfx.policy.minimal(branches="rules")
 UNDAMPED = frfx.policy.minimal(branches="rules", damping=0.0)

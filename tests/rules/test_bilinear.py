@@ -7,10 +7,14 @@ import operator
 import numpy as np
 import pytest
 import torch
-from bound_ops import bound, solve
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import (
+
+import frfx
+from frfx import vocabulary
+from frfx.rules import BilinearRule, SumRule
+from tests.bound_ops import bound, solve
+from tests.oracles import (
     damped_least_squares,
     invert,
     jacobian,
@@ -19,10 +23,6 @@ from oracles import (
     reconstruct,
     relative,
 )
-
-import frfx
-from frfx import vocabulary
-from frfx.rules import BilinearRule, SumRule
 
 seeds = st.integers(0, 2**31)
 sizes = st.integers(1, 5)

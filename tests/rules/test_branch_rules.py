@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from oracles import invert, minimal_affine_preimage, normal, relative
 from torch import nn
 
 import frfx
 from frfx.rules.nearest_product import nearest_product
+from tests.oracles import invert, minimal_affine_preimage, normal, relative
 
 RULES = frfx.policy.minimal(branches="rules")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from branches import op_of
-from oracles import normal
 
 from frfx import vocabulary
 from frfx.rules import (
@@ -18,6 +16,8 @@ from frfx.rules import (
     StackRule,
     SumRule,
 )
+from tests.branches import op_of
+from tests.oracles import normal
 
 PAIR = ("input", "other")
 TENSORS = ("tensors[0]", "tensors[1]")

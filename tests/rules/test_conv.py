@@ -8,10 +8,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from geometries import convolutions
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles import (
+from torch import nn
+from torch.nn import functional as F
+
+import frfx
+from tests.geometries import convolutions
+from tests.oracles import (
     circulant,
     damped_least_squares,
     invert,
@@ -23,10 +27,6 @@ from oracles import (
     reconstruct,
     relative,
 )
-from torch import nn
-from torch.nn import functional as F
-
-import frfx
 
 pytestmark = pytest.mark.filterwarnings("error::frfx.ConditionWarning")
 

@@ -9,7 +9,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles import (
+from torch import nn
+from torch.nn import functional as F
+
+import frfx
+from tests.oracles import (
     damped_least_squares,
     invert,
     jacobian,
@@ -18,10 +22,6 @@ from oracles import (
     reconstruct,
     relative,
 )
-from torch import nn
-from torch.nn import functional as F
-
-import frfx
 
 CONV = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 seeds = st.integers(0, 2**31)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import integers, invert, normal, reconstruct, window_distance
 
 import frfx
+from tests.oracles import integers, invert, normal, reconstruct, window_distance
 
 SPELLINGS = {
     "amax": (lambda x: torch.amax(x, (1, -1)), (1, 3), 1),

@@ -7,12 +7,12 @@ from dataclasses import fields
 
 import pytest
 import torch
-from oracles import normal, reconstruct, relative
 from torch import nn
 
 import frfx
 from frfx import networks
 from frfx.linalg import Convolution, Solver
+from tests.oracles import normal, reconstruct, relative
 
 pytestmark = pytest.mark.gpu
 

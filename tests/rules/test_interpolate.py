@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles import Apply, damped_least_squares, normal, reconstruct, relative
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
+from tests.oracles import Apply, damped_least_squares, normal, reconstruct, relative
 
 seeds = st.integers(0, 2**31)
 aten = torch.ops.aten

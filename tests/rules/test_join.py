@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from branches import answer, least_deviations, op_of
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import invert, minimal_affine_preimage, normal, reconstruct, relative
 
 import frfx
 from frfx import ops, vocabulary
 from frfx.rules import CatRule, SplitRule, StackRule
+from tests.branches import answer, least_deviations, op_of
+from tests.oracles import invert, minimal_affine_preimage, normal, reconstruct, relative
 
 
 def joined(kind, count, free, known=None, dim=1):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import embedding_by_quadprog, normal, smallest_l1_distance
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
 from frfx import rules
+from tests.oracles import embedding_by_quadprog, normal, smallest_l1_distance
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 INTEGERS += [torch.uint16, torch.uint32, torch.uint64]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import damped_least_squares, invert, jacobian, normal, reconstruct, relative
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
+from tests.oracles import damped_least_squares, invert, jacobian, normal, reconstruct, relative
 
 seeds = st.integers(0, 2**31)
 sizes = st.integers(1, 7)

@@ -9,7 +9,13 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles import (
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+import frfx
+from frfx.rules import max_pool
+from tests.oracles import (
     Apply,
     bounds_of,
     integers,
@@ -22,12 +28,6 @@ from oracles import (
     window_distance,
     windows_of,
 )
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
-
-import frfx
-from frfx.rules import max_pool
 
 seeds = st.integers(0, 2**31)
 MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import invert, minimal_affine_preimage, normal, relative
 from torch import nn
 from torchvision.models import swin_transformer
 
 import frfx
+from tests.oracles import invert, minimal_affine_preimage, normal, relative
 
 
 def merge(x):

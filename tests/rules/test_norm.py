@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import Apply, invert, minimal_affine_preimage, normal, reconstruct, relative
 from scipy.linalg import null_space
 from scipy.optimize import lsq_linear, minimize
 from torch import nn
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 import frfx
 from frfx.rules import NormalizationRule
+from tests.oracles import Apply, invert, minimal_affine_preimage, normal, reconstruct, relative
 
 seeds = st.integers(0, 2**31)
 aten = torch.ops.aten

@@ -6,7 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import (
+from torch import nn
+from torch.nn import functional as F
+
+import frfx
+from tests.oracles import (
     Apply,
     damped_least_squares,
     jacobian,
@@ -15,10 +19,6 @@ from oracles import (
     reconstruct,
     relative,
 )
-from torch import nn
-from torch.nn import functional as F
-
-import frfx
 
 seeds = st.integers(0, 2**31)
 aten = torch.ops.aten

@@ -9,7 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import (
+from torch import nn
+from torch.nn import functional as F
+
+import frfx
+from tests.oracles import (
     Apply,
     damped_least_squares,
     jacobian,
@@ -18,10 +22,6 @@ from oracles import (
     reconstruct,
     relative,
 )
-from torch import nn
-from torch.nn import functional as F
-
-import frfx
 
 seeds = st.integers(0, 2**31)
 AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}

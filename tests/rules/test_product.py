@@ -7,15 +7,15 @@ import re
 import numpy as np
 import pytest
 import torch
-from branches import answer, least_deviations, op_of
 from hypothesis import example, given
 from hypothesis import strategies as st
-from oracles import invert, minimal_affine_preimage, normal, reconstruct, relative
 
 import frfx
 from frfx import vocabulary
 from frfx.rules import ProductRule, QuotientRule
 from frfx.rules.nearest_product import nearest_product, nearest_quotient
+from tests.branches import answer, least_deviations, op_of
+from tests.oracles import invert, minimal_affine_preimage, normal, reconstruct, relative
 
 NAMES = ("input", "other")
 MUL = op_of(vocabulary.mul, *NAMES)

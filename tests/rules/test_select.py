@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from branches import answer, op_of
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import invert, minimal_affine_preimage, normal, reconstruct, relative
 
 import frfx
 from frfx import vocabulary
 from frfx.rules import RepeatRule, SelectRule
+from tests.branches import answer, op_of
+from tests.oracles import invert, minimal_affine_preimage, normal, reconstruct, relative
 
 aten = torch.ops.aten
 

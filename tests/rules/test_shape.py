@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import minimal_affine_preimage, normal, reconstruct, relative
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops.stochastic_depth import StochasticDepth, stochastic_depth
 
 import frfx
+from tests.oracles import minimal_affine_preimage, normal, reconstruct, relative
 
 MOVES = {
     "nn.Flatten": nn.Flatten(),

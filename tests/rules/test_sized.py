@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import Apply, invert, minimal_affine_preimage, normal, relative
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
 from frfx.rules import AvgPoolRule
+from tests.oracles import Apply, invert, minimal_affine_preimage, normal, relative
 
 
 def by_hand(x):

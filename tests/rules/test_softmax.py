@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from bound_ops import bound, solve
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import normal, reconstruct
 from quadprog import solve_qp
 from scipy.optimize import minimize_scalar
 from torch import nn
@@ -17,6 +15,8 @@ from torch.nn import functional as F
 import frfx
 from frfx import vocabulary
 from frfx.rules import SoftmaxRule
+from tests.bound_ops import bound, solve
+from tests.oracles import normal, reconstruct
 
 SOFTMAX = {
     "nn.Softmax": nn.Softmax(1),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from branches import answer, least_deviations, op_of
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import minimal_affine_preimage, normal, reconstruct, relative
 
 from frfx import vocabulary
 from frfx.rules import SumRule
+from tests.branches import answer, least_deviations, op_of
+from tests.oracles import minimal_affine_preimage, normal, reconstruct, relative
 
 SUMS = {
     "a + b": (vocabulary.add, 1, lambda a, b: a + b),

@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
-from oracles import Apply, normal
 from torch import nn
 from torch.nn import functional as F
 
 import frfx
 from frfx import rules
+from tests.oracles import Apply, normal
 
 BATCH = "samples depend on each other"
 W = {"w": torch.ones(3, 3, 1, 1)}
