@@ -126,14 +126,14 @@ def _decoder(size: Size | None) -> Callable[[str], tuple[str, Tensor]]:
     def decode(path: str) -> tuple[str, Tensor]:
         try:
             with image_class.open(path) as file:
-                if file.mode[0] in "IF":
-                    raise DataError(
-                        f"{path} has more than 8 bits a channel (mode {file.mode}), which would "
-                        "be cut off: convert it first"
-                    )
-                image = file.convert("RGB")
+                mode, image = file.mode, file.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
             raise DataError(f"{path} cannot be decoded as an image: {error}") from error
+        if mode[0] in "IF":
+            raise DataError(
+                f"{path} has more than 8 bits a channel (mode {mode}), which would be cut off: "
+                "convert it first"
+            )
         if size is not None:
             height, width = size
             image = ops.fit(image, (width, height), image_class.Resampling.BILINEAR)

@@ -105,7 +105,9 @@ class Policy:
         return None if change is None else change.rule
 
     def _at_node(self, op: Op) -> Override | None:
-        return self.by_node.get(op.path) or self.by_node.get(op.name)
+        """Return what the node has been given, by its path or its name."""
+        given = [change for name, change in self.by_node.items() if name in (op.path, op.name)]
+        return functools.reduce(_joined, given) if given else None
 
     def _changes(self, op: Op) -> list[Override]:
         """Return the overrides for an op, the strongest last."""
@@ -161,10 +163,14 @@ class Policy:
 
 def _changed(overrides: Mapping[str, Override], name: str, change: Override) -> dict[str, Override]:
     """Return the overrides with one more; options join those that are there."""
-    before = overrides.get(name, Override())
+    return {**overrides, name: _joined(overrides.get(name, Override()), change)}
+
+
+def _joined(before: Override, change: Override) -> Override:
+    """Return two overrides as one, in which the second wins."""
     if change.rule is None:
         change = replace(change, rule=before.rule, options={**before.options, **change.options})
-    return {**overrides, name: replace(change, branches=change.branches or before.branches)}
+    return replace(change, branches=change.branches or before.branches)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

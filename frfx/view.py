@@ -25,19 +25,23 @@ _INPLACE = "_frfx_inplace"
 
 
 def evaluation_view(
-    model: nn.Module, own: Collection[Tensor] = (), *, inplace: bool = False
+    model: nn.Module,
+    own: Collection[Tensor] | Mapping[int, Tensor] = (),
+    *,
+    inplace: bool = False,
 ) -> nn.Module:
     """Return modules of the same classes that share the model's tensors, in evaluation mode.
 
     Args:
         model: Any module, a view among them; it is not changed.
-        own: Parameters and buffers that the view keeps as copies of what they are now.
+        own: Parameters and buffers that the view keeps as copies of what they are now; or, by their
+            ids, the tensors that it has in their place.
         inplace: Whether modules write in place where the model's do. Otherwise they do not: an
             inverse needs the values that would be overwritten.
     """
     views: dict[int, nn.Module] = {}
-    made: dict[int, Tensor] = {}
-    view = _view(model, {id(tensor): tensor for tensor in own}, views, made)
+    made = dict(own) if isinstance(own, Mapping) else {}
+    view = _view(model, {*own} if isinstance(own, Mapping) else {*map(id, own)}, views, made)
     redirect(view, {**views, **made})
     for module in view.modules():
         if inplace and writes_in_place(module):
@@ -62,7 +66,7 @@ def writes_in_place(module: nn.Module) -> bool:
 
 def _view(
     module: nn.Module,
-    own: dict[int, Tensor],
+    own: set[int],
     modules: dict[int, nn.Module],
     tensors: dict[int, Tensor],
 ) -> nn.Module:

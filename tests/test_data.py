@@ -485,7 +485,7 @@ def test_more_than_eight_bits_are_not_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "train/ant/0.png"
     path.parent.mkdir(parents=True)
     pillow.fromarray(np.full((8, 8), 1000, dtype=np.uint16)).save(path)
-    with pytest.raises(DataError, match=r"more than 8 bits a channel \(mode I"):
+    with pytest.raises(DataError, match=r"^\S*png has more than 8 bits a channel \(mode I"):
         load(f"imagefolder:{tmp_path}", split="train")
 
 

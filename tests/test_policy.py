@@ -8,7 +8,9 @@ import functools
 import math
 import pickle
 import re
+from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -184,6 +186,9 @@ def test_rcond_and_damping_may_be_none():
         ({"max_steps": 0}, "max_steps=0 is less than one step"),
         ({"max_steps": "a"}, "max_steps='a' is less than one step, or no whole number"),
         ({"tolerance": "a"}, "tolerance='a' does not lie between 0 and 1"),
+        ({"memory": "big"}, "memory is a number of bytes, not 'big'"),
+        ({"memory": -1}, "memory is a number of bytes, not -1"),
+        ({"memory": math.nan}, "memory is a number of bytes, not nan"),
     ],
 )
 def test_solver_options_that_make_no_sense(option, text):
@@ -219,6 +224,19 @@ def test_later_overrides_add_to_earlier_ones():
     chosen = policy.paper().override(node="6", damping=0.1).override(node="6", rcond=1e-2)
     assert rules(chosen)["6"] == LinearRule(rcond=1e-2, damping=0.1)
     assert rules(chosen.override(node="6", damping=0.3))["6"].damping == 0.3
+
+
+def test_a_node_may_be_named_in_two_ways():
+    model = nn.Sequential(OrderedDict(a=nn.Sequential(nn.Linear(4, 3)), b=nn.Linear(3, 2)))
+    for first, second in (("a.0", "a_0"), ("a_0", "a.0")):
+        chosen = policy.paper().override(node=first, damping=0.1, tolerance=0.1)
+        chosen = chosen.override(node=second, tolerance=0.2)
+        steps = frfx.invert(model.eval(), 0, policy=chosen).plan.steps
+        assert steps[-1].rule == LinearRule(damping=0.1, tolerance=0.2)
+
+
+def test_numbers_of_numpy():
+    assert policy.paper(damping=np.float32(0.5)).options["damping"] == 0.5
 
 
 def test_override_with_a_rule():

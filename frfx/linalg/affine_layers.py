@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from frfx.linalg.linear_function import Map, linear_function
 
@@ -45,7 +46,7 @@ class AffineLayers(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         find, products = _PRODUCTS.get(func), None
-        if find is not None and args and self._are_constant(*args[1:], *kwargs.values()):
+        if find is not None and args and self._is_affine(args[0], *args[1:], *kwargs.values()):
             with torch.no_grad():
                 products = find(*args, **kwargs)
         if products is None:
@@ -53,10 +54,28 @@ class AffineLayers(TorchFunctionMode):
         x, *weights = args
         return linear_function(*products, x, value=lambda x: func(x, *weights, **kwargs))
 
-    def _are_constant(self, *arguments: Any) -> bool:
-        """Tell whether no gradient flows back from these; what is computed may be of the leaf."""
-        tensors = (value for value in arguments if isinstance(value, Tensor))
-        return all(tensor.grad_fn is None and tensor is not self._leaf for tensor in tensors)
+    def _is_affine(self, x: Any, *arguments: Any) -> bool:
+        """Tell whether a layer is the affine map that it is called, and its weights are constant.
+
+        Subclasses, function modes and autocast may compute something else; a checkpoint counts what
+        torch saves; and not all products of complex numbers are there. Weights that are computed
+        may be of the leaf.
+        """
+        weights = [value for value in arguments if isinstance(value, Tensor)]
+        return (
+            all(type(t) in (Tensor, nn.Parameter) and not t.is_complex() for t in (x, *weights))
+            and all(t.grad_fn is None and t is not self._leaf for t in weights)
+            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            and not torch.is_autocast_enabled(x.device.type)
+            and not _counts_saved_tensors()
+            and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+        )
+
+
+def _counts_saved_tensors() -> bool:
+    """Tell whether a hook of autograd may look at what is saved, as that of a checkpoint does."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None  # torch 2.7 does not tell
 
 
 def _conv(

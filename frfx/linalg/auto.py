@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from frfx.linalg.backend import Backend, torch_backend
@@ -120,7 +121,9 @@ class Solver:
         """Choose where the circular model is not the operator."""
         conv = convolution_of(operator)
         if written_out_bytes(operator) <= _WRITE_OUT:
-            singular = singular_values(write_out(operator).double())
+            exact = operator.kernel.dtype == torch.float64
+            find = torch.linalg.svdvals if exact else singular_values
+            singular = find(write_out(operator).double())
             spectrum = Spectrum(float(singular.amax()), float(singular.amin()), deficient=False)
             solver, note = self._if_ill_conditioned(spectrum.condition)
             factor: Factor = solver._dense.prepare(operator, backend, spectrum)

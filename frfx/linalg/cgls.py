@@ -46,7 +46,7 @@ def cgls(
 
     Returns:
         Shape (N, n) in the type of `right`, and how it went. Samples whose gradient is down to
-        rounding have converged.
+        rounding have converged; those with a product that is not finite have not.
 
     Reference:
         Hestenes and Stiefel (1952); Bjorck, Numerical Methods for Least Squares Problems, 7.4.1.
@@ -65,8 +65,9 @@ def cgls(
         scale = largest.square()
     # That is of J^T J: the largest ratio met so far.
     residual, gradient = right, rmv(right)
-    direction, solution = gradient, torch.zeros_like(gradient)
     first = size = _squares(gradient)
+    direction = torch.where(size.isfinite()[:, None], gradient, 0)
+    solution = torch.zeros_like(gradient)
     least = miss**2 * _squares(right)
     steps = torch.zeros(len(right), dtype=torch.long, device=right.device)
 
@@ -92,7 +93,9 @@ def cgls(
         direction = torch.where(active[:, None], gradient + ratio * direction, direction)
         steps += active
     left = torch.where(first > 0, size / torch.where(first > 0, first, 1), 0).sqrt()
-    return solution * unit, Convergence(left, steps, ~is_open())
+    # Of a product that is not finite, no step is known.
+    finite = (size + _squares(residual) + shift + scale).isfinite()
+    return solution * unit, Convergence(torch.where(finite, left, 1), steps, ~is_open() & finite)
 
 
 def damped_cgls(

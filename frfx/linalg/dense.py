@@ -191,9 +191,9 @@ class WrittenOutFactor(Factor):
         """Map residuals (N, *out_shape) to deviations (N, *in_shape)."""
         if self.groups == 1:
             return self.factor.solve(residual.flatten(1)).unflatten(1, self.shape)
-        by_group = residual.reshape(len(residual), self.groups, -1).transpose(0, 1)
+        by_group = residual.flatten(1).unflatten(1, (self.groups, -1)).transpose(0, 1)
         deviation = self.factor.solve(by_group).transpose(0, 1)
-        return deviation.reshape(len(residual), *self.shape)
+        return deviation.flatten(1).unflatten(1, self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -79,17 +79,24 @@ class Jacobian:
         (product,) = torch.autograd.grad(self._output, self._leaf, cotangent, retain_graph=True)
         return product.reshape(self.systems, -1)
 
-    def couples_samples(self) -> bool:
-        """Tell whether some rows of the output depend on other rows of the feature."""
+    def couples_samples(self) -> bool | None:
+        """Tell whether some rows of the output depend on other rows of the feature.
+
+        Returns:
+            None if none is seen to, but the products of some rows are not finite.
+        """
         rows = len(self._feature)
         if len(self._output) != rows:
             return True
-        index = torch.arange(rows, device=self._feature.device)
+        finite, index = True, torch.arange(rows, device=self._feature.device)
         vectors = [unstructured(t.reshape(rows, -1)) for t in (self._feature, self.output)]
         for bit in range((rows - 1).bit_length()):  # any two rows differ in some bit
             still = (index >> bit) % 2 == 1
             moved = [torch.where(still[:, None], 0, vector) for vector in vectors]
             for product in (self.mv(moved[0]), self.rmv(moved[1])):
-                if bool(product.reshape(rows, -1)[still].any()):
+                others = product.reshape(rows, -1)[still]
+                known = others.isfinite()
+                if bool((known & (others != 0)).any()):
                     return True
-        return False
+                finite = finite and bool(known.all())
+        return False if finite else None

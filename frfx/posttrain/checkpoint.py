@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from frfx.errors import FrfxError
 from frfx.posttrain.step import PostTraining
@@ -59,6 +60,7 @@ class Checkpoint:
         state = {
             "trained": {name: t.detach() for name, t in self.step.trained_tensors().items()},
             "optimizer": self.optimizer.state_dict(),
+            "kind": _kind(self.optimizer),
             "reference": None if targets is None else targets.state(),
             "history": [asdict(record) for record in history],
         }
@@ -82,7 +84,9 @@ class Checkpoint:
             state = torch.load(self.path, weights_only=True, map_location="cpu")
             history = [EpochRecord(**record) for record in state["history"]]
             shapes = {name: saved.shape for name, saved in state["trained"].items()}
-            groups, reference = state["optimizer"]["param_groups"], state["reference"]
+            kind, groups = state["kind"], [*map(_group, state["optimizer"]["param_groups"])]
+            reference = state["reference"]
+            reference_shapes = _shapes(reference or [])
         except Exception as error:  # a file of another kind fails in many ways
             raise FrfxError(f"{shown} is no checkpoint of post-training") from error
         if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
@@ -90,18 +94,35 @@ class Checkpoint:
                 f"the checkpoint {shown} is of other layers: it holds {_some(shapes)}, and what is "
                 f"trained here is {_some(tensors)}"
             )
-        if [*map(sorted, groups)] != [*map(sorted, self.optimizer.param_groups)]:
+        if (kind, groups) != (_kind(self.optimizer), [*map(_group, self.optimizer.param_groups)]):
             raise FrfxError(
-                f"the checkpoint {shown} is of another optimizer: its groups of parameters have "
-                "other options than those that `optimizer` makes"
+                f"the checkpoint {shown} is of another optimizer: of another kind ({kind}) than "
+                "`optimizer` makes, or its groups of parameters have other sizes or options"
             )
+        targets = self.step.targets if reference else None
+        if targets is not None and reference_shapes != _shapes(targets.state()):
+            raise FrfxError(f"the checkpoint {shown} holds targets of another network")
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(state["trained"][name])
-        if self.step.targets is not None and reference is not None:
-            self.step.targets.load(reference)
+        if targets is not None:
+            targets.load(reference)
         return history
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """Return the class of an optimizer, which Fabric wraps."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
+def _group(group: dict[str, Any]) -> tuple[list[str], int]:
+    """Return the names of a group's options, and how many parameters it has."""
+    return sorted(group), len(group["params"])
+
+
+def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]
 
 
 def _some(names: Any) -> str:

@@ -192,7 +192,7 @@ class _Cache:
 
     def __init__(self, step: PostTraining) -> None:
         assert step.targets is not None
-        self.targets = step.targets
+        self.step, self.targets = step, step.targets
         self.weights: Weights | None = None
         self.kept: list[Tensor] = []
         self.size = 0
@@ -200,7 +200,7 @@ class _Cache:
     def batches(self, loaded: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the cached batches in random order."""
         if self.weights is None or not self.weights.match(self.targets.frozen):
-            parts = [(x, y, self.targets(x, y)) for x, y in loaded]
+            parts = [(x, y, self.step.reconstruct(x, y)) for x, y in loaded]
             if not parts:
                 return
             self.size = len(parts[0][0])

@@ -10,7 +10,6 @@ from types import TracebackType
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from frfx import vocabulary
@@ -105,7 +104,7 @@ class PostTraining(nn.Module):
         self._trained = _trained_parameters(network, trained_nodes, start, end)
         self._modules_trained = _trained_modules(traced, trained_nodes)
         _warn_of_mode(traced, trained_nodes)
-        self._has_head = logits is not network.output
+        self._gives_probabilities = op_type(network.output, traced.root) is vocabulary.softmax
         self.to_feature = forward_module(traced, (end,))
         self.to_output = forward_module(traced, (end, logits))
         self.targets = None
@@ -146,8 +145,7 @@ class PostTraining(nn.Module):
             _check_graph(self._unchecked, x)
             self._unchecked = None
         if self.targets is not None and target is None:
-            self._check_labels(y)
-            target = self.targets(x, y)
+            target = self.reconstruct(x, y)
         if self.alpha == 1:
             (feature,) = self.to_feature(x)
             output = classification = None
@@ -165,15 +163,27 @@ class PostTraining(nn.Module):
         total = combine(self.alpha, classification, self._weighed(reconstruction, x, target))
         return Losses(total, classification, reconstruction, output)
 
-    def _check_labels(self, y: Tensor) -> None:
-        """Raise `TargetError` for labels that the two losses would read in different ways."""
-        embedded = self.alpha < 1 and self.classification_loss is F.cross_entropy
-        if embedded and not self._has_head and y.is_floating_point():
+    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the target `a*` of a batch, as a call makes it: by the network before training.
+
+        Args:
+            x: The input batch.
+            y: As for a call.
+
+        Raises:
+            TargetError: If alpha is 0, or the two losses would read the labels in different ways.
+            InputError, NonFiniteError, TraceMismatchError: As a call does.
+        """
+        if self.targets is None:
+            raise TargetError("alpha is 0: nothing is reconstructed")
+        reads_probabilities = self.alpha < 1 and self.classification_loss is F.cross_entropy
+        if reads_probabilities and not self._gives_probabilities and y.is_floating_point():
             raise TargetError(
-                "cross_entropy reads float labels as probabilities, and the inverse as the output, "
-                "which here are logits: give integer labels, or a classification_loss that takes "
-                "logits, or `target`"
+                "cross_entropy reads float labels as probabilities, and the inverse as the output "
+                "of the network, which does not end in softmax: give integer labels, or a "
+                "classification_loss that takes such an output, or `target`"
             )
+        return self.targets(x, y)
 
     def _weighed(
         self, reconstruction: Tensor | None, x: Tensor, target: Tensor | None
@@ -184,8 +194,7 @@ class PostTraining(nn.Module):
         if self.training:
             # In the same mode, for what batch norm and dropout add is no less before training.
             with torch.no_grad():
-                tensors = self.targets.before(self.to_feature)
-                (feature,) = functional_call(self.to_feature, tensors, (x,))
+                (feature,) = self.targets.before(self.to_feature)(x)
                 before = self.reconstruction_loss(feature, target)
             self.scale.update(before, len(x))
         return self.scale.divide(reconstruction)
@@ -257,6 +266,9 @@ def _trained_modules(traced: Traced, trained_nodes: list[fx.Node]) -> list[nn.Mo
 
     A module that both call (a dropout, an activation) gets a twin for the trained layers, so that
     their mode is not that of the frozen ones.
+
+    Raises:
+        LayerError: If such a module keeps statistics, which training would change for both.
     """
     root, trained = traced.root, set(trained_nodes)
     calls = [node for node in traced.graph.nodes if node.op == "call_module"]
@@ -265,6 +277,11 @@ def _trained_modules(traced: Traced, trained_nodes: list[fx.Node]) -> list[nn.Mo
     for node in (node for node in calls if node in trained):
         module = root.get_submodule(str(node.target))
         if id(module) in frozen:
+            if any(getattr(part, "track_running_stats", False) for part in module.modules()):
+                raise LayerError(
+                    f"the statistics of {node.target!r} are used by the trained and by the "
+                    "frozen layers: they cannot be trained and frozen at once"
+                )
             module = evaluation_view(module)
             node.target = f"_frfx_trained_{node.name}"
             root.add_module(node.target, module)
@@ -290,7 +307,8 @@ def _warn_of_mode(traced: Traced, trained_nodes: list[fx.Node]) -> None:
 def _check_graph(traced: Traced, x: Tensor) -> None:
     """Raise `TraceMismatchError` if a graph does not compute what the model computes."""
     traced = replace(traced, root=evaluation_view(traced.root))  # not in the mode of training
-    x = x.to(next(traced.root.parameters()).dtype)  # autocast may have brought it in another
+    if x.is_floating_point():  # autocast may have brought it in another type
+        x = x.to(next(traced.root.parameters()).dtype)
     output = run_forward(traced, x).output
     with torch.autocast(x.device.type, enabled=False):
         same = is_output(output, traced, x)

@@ -48,32 +48,34 @@ class Targets:
             example_input=example_input,
             output=output,
         )
-        now, then = named_tensors(model), named_tensors(self.inverse.model)
-        shared = set(map(id, now.values()))
-        own = {id(tensor): tensor for tensor in then.values() if id(tensor) not in shared}
-        self._pairs = [(t, then[name]) for name, t in now.items() if id(then.get(name)) in own]
-        self._trained, self._dtype, self._own = trained[0], trained[0].dtype, [*own.values()]
+        self._model, then = model, named_tensors(self.inverse.model)
+        shared = set(map(id, named_tensors(model).values()))
+        self._names = [name for name, tensor in then.items() if id(tensor) not in shared]
+        self._own = [*{id(then[name]): then[name] for name in self._names}.values()]
+        self._trained, self._dtype = trained[0], trained[0].dtype
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return `a*` for a batch; runs outside of autocast."""
         self._follow()
-        dtype = next(self.inverse.model.parameters()).dtype
+        if x.is_floating_point():
+            x = x.to(next(self.inverse.model.parameters()).dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return self.inverse(x.to(dtype), y)
+            return self.inverse(x, y)
 
-    def before(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return what the trained tensors were before training, by their names in a module.
+    def before(self, module: nn.Module) -> nn.Module:
+        """Return a part of the model as it was before training, in the modes that it has now.
 
-        Buffers are copies, for a module in training mode writes to its own.
+        Its buffers are copies, for in training mode a module writes to its own.
         """
         self._follow()
-        before = {id(now): then for now, then in self._pairs}
-        named = {name: t for name, t in named_tensors(module).items() if id(t) in before}
-        return {
-            name: before[id(t)] if isinstance(t, nn.Parameter) else before[id(t)].clone()
-            for name, t in named.items()
-        }
+        then, now = named_tensors(self.inverse.model), named_tensors(self._model)
+        own = {id(now[name]): then[name] for name in self._names if name in now}
+        copies = {k: t if isinstance(t, nn.Parameter) else t.clone() for k, t in own.items()}
+        view = evaluation_view(module, copies)
+        for was, part in zip(view.modules(), module.modules(), strict=True):
+            was.training = part.training
+        return view
 
     def _follow(self) -> None:
         """Move the reference's own tensors to where the model was moved, as `.to()` would."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -304,6 +305,8 @@ class SolverRule(AffineRule):
                 f"solver='iterative' cannot cut singular values off, as rcond={self.rcond!r} asks: "
                 "give it damping=..., or rcond=None"
             )
+        if not (isinstance(self.memory, numbers.Real) and float(self.memory) >= 0):
+            raise PolicyError(f"memory is a number of bytes, not {self.memory!r}")
         check_iteration(self.tolerance, self.max_steps, self.unconverged)
 
     def affine(
@@ -346,7 +349,7 @@ class CGLSRule(Rule):
 def check_iteration(tolerance: float, max_steps: int, unconverged: Unconverged) -> None:
     """Raise `PolicyError` for options that no iterative solver can keep to."""
     check_choice("unconverged", unconverged, ("warn", "raise", "ignore"))
-    if not (isinstance(tolerance, (int, float)) and 0 < tolerance < 1):
+    if not (isinstance(tolerance, numbers.Real) and 0 < float(tolerance) < 1):
         raise PolicyError(f"tolerance={tolerance!r} does not lie between 0 and 1")
     if not (isinstance(max_steps, int) and max_steps >= 1):
         raise PolicyError(f"max_steps={max_steps!r} is less than one step, or no whole number")
@@ -360,9 +363,9 @@ def check_size(option: str, value: Any) -> None:
     """Raise `PolicyError` for a value that an option cannot have, if it is a size."""
     if option not in _SIZES or (value is None and option in ("rcond", "damping")):
         return
-    if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+    if not (isinstance(value, numbers.Real) and 0 <= float(value) < math.inf):
         raise PolicyError(f"{option} is a finite number from 0 on, not {value!r}")
-    if option == "clamp_margin" and value >= 1:
+    if option == "clamp_margin" and float(value) >= 1:
         raise PolicyError(f"clamp_margin={value!r} leaves no range: it is less than 1")
 
 

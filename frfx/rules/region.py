@@ -85,7 +85,10 @@ class RegionInversion(Inversion):
         """Tell whether samples depend on each other: asked anew for other sizes and weights."""
         tensors, known = self.op.tensors(), self._coupling
         if known is None or known[0] != shape or not known[1].match(tensors):
-            known = self._coupling = shape, Weights(tensors), jacobian.couples_samples()
+            couples = jacobian.couples_samples()
+            if couples is None:  # this batch does not tell
+                return False
+            known = self._coupling = shape, Weights(tensors), couples
         return known[2]
 
     @contextlib.contextmanager

@@ -84,6 +84,17 @@ def test_what_is_chosen_and_why(operator, solver, reason):
     assert reason in choice.reason
 
 
+def test_the_condition_number_of_a_matrix_in_double():
+    """Written out it is as exact as the decomposition; its Gram matrix would lose it."""
+    binomial = torch.tensor([1.0, 6, 15, 20, 15, 6, 1], dtype=torch.float64) / 64
+    kernel = torch.outer(binomial, binomial)[None, None]
+    operator = Convolution(kernel, (18, 18), padding=((3, 3), (3, 3)))
+    choice = Solver(damping=0.0).prepare(operator)
+    singular = np.linalg.svd(matrix_of(operator), compute_uv=False)
+    assert choice.spectrum.condition == pytest.approx(singular[0] / singular[-1], rel=1e-4)
+    assert not choice.spectrum.deficient
+
+
 LARGE = {
     "padded": SAME,
     "transposed": Transposed(Convolution(WELL, (6, 6))),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -205,6 +207,22 @@ def test_damping_is_relative_to_the_largest_singular_value(seed, rows, columns, 
     assert bool(convergence.converged.all())
     for k in range(COUNT):  # each on the scale of its own
         assert relative(found[k], expected[k]) < 1e-9
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_a_sample_whose_products_are_not_finite(bad, damping):
+    """It takes no step and has not converged; the others get what they get alone."""
+    matrix, right = matrices(0, 4, 5, 4), normal(1, COUNT, 4)
+    solve = functools.partial(damped_cgls, damping=damping, tolerance=1e-10, max_steps=50)
+    expected, _ = solve(*products(matrix), right)
+    spoiled = matrix.clone()
+    spoiled[1, 0, 0] = bad
+    found, convergence = solve(*products(spoiled), right)
+    assert convergence.converged.tolist() == [True, False, True, True]
+    assert convergence.residual[1] == 1
+    expected[1] = 0
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

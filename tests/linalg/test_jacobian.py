@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from frfx.linalg.jacobian import Jacobian
 from tests.oracles import integers, jacobian, normal, relative
@@ -32,7 +34,19 @@ def _own_kernels(x: Tensor) -> Tensor:
     return F.conv1d(x.reshape(1, -1, 6), kernels, groups=len(kernels)).reshape(len(x), -1)
 
 
+class Doubled(Tensor):
+    """A kernel that convolves as twice what it holds, as those do that are quantised."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        plain = [a.as_subclass(Tensor) if isinstance(a, Doubled) else a for a in args]
+        if func is F.conv1d:
+            plain[1] = 2 * plain[1]
+        return func(*plain, **(kwargs or {}))
+
+
 K = normal(12, 6, 2, 3)
+DOUBLED = K.as_subclass(Doubled)
 B, B24, C = normal(13, 6), normal(14, 24), normal(15, 24).exp()
 aten = torch.ops.aten
 
@@ -62,6 +76,14 @@ LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "kernels of the feature": _own_kernels,
     "the feature as kernels": lambda x: F.conv1d(normal(1, 1, 4, 9), x).transpose(0, 1),
     "an offset of the feature": lambda x: F.conv1d(x, K, x[0, 0] * 0, groups=2),
+    "a subclass as kernels": lambda x: F.conv1d(x, DOUBLED, None, 1, 1, 1, 2).tanh(),
+    "checkpoint": lambda x: checkpoint(
+        lambda v: F.conv1d(v, K, B, 1, 1, 1, 2).tanh(), x, use_reentrant=False
+    ),
+    "vmap": lambda x: torch.vmap(lambda v: F.conv1d(v[None], K, B, groups=2)[0].tanh())(x),
+    "complex": lambda x: torch.view_as_real(
+        F.conv1d(torch.complex(x, x.sin()), K + 1j, groups=2)
+    ).flatten(1),
 }
 """Layers that are affine maps, or might be taken for one."""
 
@@ -104,6 +126,32 @@ def test_both_products(name, seed, count):
     assert not products.couples_samples()
 
 
+class Doubles(TorchFunctionMode):
+    """Doubles what convolutions give."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        value = func(*args, **(kwargs or {}))
+        return 2 * value if func is F.conv1d else value
+
+
+def test_modes_that_change_what_a_layer_computes():
+    x, tangent = normal(0, 2, 4, 6), normal(1, 2, 24)
+
+    def function(x: Tensor) -> Tensor:
+        return F.conv1d(x.sin(), K.to(x.dtype), groups=2)
+
+    with Doubles():
+        found = Jacobian(function, x).mv(tangent)
+    assert relative(found, 2 * Jacobian(function, x).mv(tangent)) < 1e-12
+
+    def halved(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(x.float()).double()
+
+    products = Jacobian(halved, x)
+    assert 1e-4 < relative(products.mv(tangent), Jacobian(function, x).mv(tangent)) < 1e-2
+
+
 class Convolutions(TorchDispatchMode):
     """Counts what convolves, there and back."""
 
@@ -116,6 +164,10 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason="this torch does not tell whether a checkpoint counts what is saved",
+)
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_product_convolves_once_a_layer(trained):
     """The weight's part of the second derivative, which nobody asks for, is not made."""
@@ -213,6 +265,14 @@ def test_rows_that_depend_on_each_other_are_found(name, count):
     tangent, cotangent = normal(1, 1, x.numel()), normal(2, 1, len(dense))
     assert relative(products.mv(tangent)[0], dense @ tangent[0].numpy()) < 1e-10
     assert relative(products.rmv(cotangent)[0], dense.T @ cotangent[0].numpy()) < 1e-10
+
+
+def test_rows_whose_derivative_is_infinite_tell_of_no_others():
+    x = normal(0, 4, 3)
+    x[2] = 0
+    roots = Jacobian(lambda v: v + v.abs().sqrt(), x)
+    assert roots.couples_samples() is None
+    assert Jacobian(lambda v: v.abs().sqrt() + v.roll(1, 0), x).couples_samples() is True
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 9), data=st.data())

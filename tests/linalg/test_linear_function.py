@@ -20,7 +20,7 @@ def affine(x):
 def test_derivatives_of_any_order_and_in_either_mode():
     x = normal(2, 4, 3).requires_grad_()
     assert torch.equal(affine(x), x @ A.mT + CONSTANT)
-    assert gradcheck(affine, x, check_forward_ad=True, check_batched_grad=False)
+    assert gradcheck(affine, x, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(lambda v: affine(v.sin()), x)
 
 
@@ -38,6 +38,29 @@ def test_function_transforms():
     torch.testing.assert_close(found, 2 * affine(x) @ A)
     _, found = torch.func.jvp(affine, (x,), (tangent,))
     torch.testing.assert_close(found, tangent @ A.mT)
+
+
+def test_vectorised_derivatives():
+    """All rows of a Jacobian at once: one product of a batch of samples."""
+    x, rows = normal(2, 4, 3), torch.eye(20, dtype=torch.float64).view(20, 4, 5)
+    expected = torch.autograd.functional.jacobian(lambda v: v.sin() @ A.mT, x)
+
+    def function(v):
+        return affine(v.sin())
+
+    for found in (
+        torch.func.jacrev(function)(x),
+        torch.func.jacfwd(function)(x),
+        torch.autograd.functional.jacobian(function, x, vectorize=True),
+        torch.func.jacrev(torch.func.vmap(lambda v: affine(v[None].sin())[0]))(x),
+    ):
+        torch.testing.assert_close(found, expected)
+    leaf = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(function(leaf), leaf, rows, is_grads_batched=True)
+    torch.testing.assert_close(found.view(4, 5, 4, 3), expected)
+    hessian = torch.func.hessian(lambda v: affine(v.sin()).square().sum())(x)
+    plain = torch.func.hessian(lambda v: (v.sin() @ A.mT + CONSTANT).square().sum())(x)
+    torch.testing.assert_close(hessian, plain)
 
 
 def test_nothing_is_recorded_where_nobody_asks():

@@ -131,11 +131,20 @@ def test_a_checkpoint_of_another_optimizer_changes_nothing(model, digits, tmp_pa
     path, batches = tmp_path / "post.ckpt", digits.batches(100)
     frfx.post_train(copy.deepcopy(model), batches, upto_layer=1, epochs=1, checkpoint=path)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(frfx.FrfxError, match="is of another optimizer"):
-        frfx.post_train(
-            model, batches, upto_layer=1, epochs=2, checkpoint=path,
-            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        )  # fmt: skip
+    for optimizer in (
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        lambda parameters: torch.optim.AdamW(parameters),  # an Adam of the same options
+        lambda parameters: torch.optim.Adam(parameters[:1]),
+    ):
+        with pytest.raises(frfx.FrfxError, match="is of another optimizer"):
+            frfx.post_train(
+                model, batches, upto_layer=1, epochs=2, checkpoint=path, optimizer=optimizer
+            )
+    saved = torch.load(path)
+    saved["reference"].pop()
+    torch.save(saved, path)
+    with pytest.raises(frfx.FrfxError, match="targets of another network"):
+        frfx.post_train(model, batches, upto_layer=1, epochs=2, checkpoint=path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

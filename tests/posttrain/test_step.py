@@ -250,6 +250,24 @@ def test_a_module_that_frozen_layers_call_too_is_in_evaluation_mode_there():
         torch.testing.assert_close(step(x, y).output, model(x))
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_statistics_that_frozen_layers_use_too_are_refused(affine):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = (nn.Linear(4, 4) for _ in range(3))
+            self.norm = nn.BatchNorm1d(4, affine=affine)
+            self.norm.requires_grad_(False)
+
+        def forward(self, x):
+            return self.last(self.norm(self.second(self.norm(self.first(x)))))
+
+    model = Shared()
+    with pytest.raises(frfx.LayerError, match=r"norm.* used by the trained and by the frozen"):
+        frfx.PostTraining(model, freeze_upto=1, upto_layer=2)
+    assert model.first.weight.requires_grad
+
+
 def test_the_train_of_the_model_is_not_called(model, batch):
     class Merging(nn.Linear):
         def train(self, mode=True):
@@ -320,6 +338,22 @@ def test_float_labels_mean_one_thing(model, batch):
     behind = nn.Sequential(*model, nn.Softmax(1))
     with frfx.PostTraining(behind, **options) as step:
         step(x, 0.9 * soft + 0.01)
+    logarithms = nn.Sequential(*model, nn.LogSoftmax(1))
+    refused = pytest.raises(frfx.TargetError, match="which does not end in softmax")
+    with frfx.PostTraining(logarithms, **options) as step, refused:
+        step(x, soft)
+    for targets in ("cache", "recompute"):
+        with pytest.raises(frfx.TargetError, match="reads float labels as probabilities"):
+            frfx.post_train(model, [(x, soft)], epochs=1, targets=targets, **options)
+
+
+def test_targets_by_themselves(model, batch):
+    with frfx.PostTraining(model, upto_layer=2, alpha=0.5) as step:
+        expected = frfx.invert(copy.deepcopy(model), 2)(*batch)
+        torch.testing.assert_close(step.reconstruct(*batch), expected)
+    refused = pytest.raises(frfx.TargetError, match="nothing is reconstructed")
+    with frfx.PostTraining(model, upto_layer=2, alpha=0) as step, refused:
+        step.reconstruct(*batch)
 
 
 def test_a_network_of_two_types_keeps_them():

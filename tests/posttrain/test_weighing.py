@@ -68,6 +68,54 @@ def test_relative_is_1_where_training_begins_in_its_mode(policy, layer):
             assert torch.equal(before, now)
 
 
+class Aliased(nn.Module):
+    """Layers by two names, as where a model lists its own layers once more."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(6, 5), norm, nn.Linear(5, 4)
+        self.body = nn.Sequential(self.first, self.norm, nn.Tanh(), self.last)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.BatchNorm1d(5)], ids=["none", "norm"])
+def test_modules_by_two_names_are_trained(norm):
+    model, x, y = Aliased(norm), torch.randn(16, 6), torch.arange(16) % 4
+    parameters = dict(model.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with frfx.PostTraining(model, upto_layer=1, alpha=0.5, weighing="relative") as step:
+        optimizer = torch.optim.SGD(step.trained_parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            step(x, y).total.backward()
+            optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name]
+    changed = [n for n, p in parameters.items() if not torch.equal(p, before[n])]
+    assert "first.weight" in changed
+    assert not any(name.startswith("last") for name in changed)
+
+
+@pytest.mark.parametrize("move", ["not at all", "step", "model"])
+def test_what_was_before_training_leaves_no_trace_in_the_statistics(move):
+    found = []
+    for weighing in ("paper", "relative"):
+        model = Aliased(nn.BatchNorm1d(5))
+        x, y = torch.randn(16, 6, generator=torch.Generator().manual_seed(3)), torch.arange(16) % 4
+        with frfx.PostTraining(model, upto_layer=1, alpha=0.5, weighing=weighing) as step:
+            if move != "not at all":
+                (step if move == "step" else model).double()
+                x = x.double()
+            for _ in range(2):
+                step(x, y)
+        assert int(model.norm.num_batches_tracked) == 2
+        found.append(model.norm.running_mean)
+    torch.testing.assert_close(*found)
+
+
 def test_relative_does_not_depend_on_the_unit_of_the_loss():
     model, ((x, y), *_) = setup()
     totals = []
