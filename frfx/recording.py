@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+PLAIN = (Tensor, nn.Parameter)
+"""The types of tensors that are what they seem: subclasses may compute something else."""
+
 
 def is_capturing(device: torch.device) -> bool:
     """Tell whether a CUDA graph records what a device computes: nothing may wait for it."""
@@ -27,7 +30,7 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     if _get_current_dispatch_mode() is not None:
         return True
     return any(
-        type(t) not in (Tensor, nn.Parameter)
+        type(t) not in PLAIN
         or (t.requires_grad and torch.is_grad_enabled())
         or torch._C._functorch.is_functorch_wrapped_tensor(t)
         or forward_ad.unpack_dual(t).tangent is not None

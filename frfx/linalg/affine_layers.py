@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from frfx import recording
 from frfx.linalg.linear_function import Map, linear_function
 
 _aten = torch.ops.aten
@@ -63,7 +64,7 @@ class AffineLayers(TorchFunctionMode):
         """
         weights = [value for value in arguments if isinstance(value, Tensor)]
         return (
-            all(type(t) in (Tensor, nn.Parameter) and not t.is_complex() for t in (x, *weights))
+            all(type(t) in recording.PLAIN and not t.is_complex() for t in (x, *weights))
             and all(t.grad_fn is None and t is not self._leaf for t in weights)
             and not torch._C._functorch.is_functorch_wrapped_tensor(x)
             and not torch.is_autocast_enabled(x.device.type)
