@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from frfx.linalg.bidiagonal import largest_singular_values
 from frfx.linalg.cgls import cgls, damped_cgls, largest_singular_value_of_each
 from tests.oracles import Array, normal, relative
 
@@ -120,6 +121,10 @@ def test_the_record_is_true(seed, rows, columns, rank, max_steps, tolerance):
     assert bool((convergence.steps <= max_steps).all())
     assert bool((convergence.converged | (exact > tolerance * (1 - 1e-6))).all())
     assert bool((~convergence.converged | (exact <= tolerance + 1e-11)).all())
+    last = int(convergence.steps.max())
+    if last > 1:  # no step is gone by a sample that is there already
+        _, before = solve(matrix, right, max_steps=last - 1, tolerance=tolerance)
+        assert not before.converged[convergence.steps == last].any()
 
 
 def test_a_zero_right_side_and_a_zero_matrix():
@@ -232,6 +237,15 @@ def test_the_largest_singular_value_of_what_is_not_finite(bad):
     matrix[1, 0, 0] = bad
     found = largest_singular_value_of_each(*products(matrix), normal(1, COUNT, 4))
     assert found.isnan().tolist() == [False, True, False, False]
+
+
+def test_one_step_towards_the_largest_singular_value():
+    """That is how long the image of the first vector is, over it."""
+    matrix = matrices(0, 4, 5, 4)
+    mv, rmv = products(matrix)
+    start = normal(1, COUNT, 5)
+    found = largest_singular_values(mv, rmv, start, 1)
+    torch.testing.assert_close(found, mv(start).norm(dim=1) / start.norm(dim=1))
 
 
 def test_the_largest_singular_value_of_nothing():

@@ -64,6 +64,16 @@ def test_convolution_dot_test(operator, seed):
     assert Transposed(operator).out_shape == operator.in_shape
 
 
+@given(seed=seeds, groups=st.sampled_from([1, 2]), dims=st.integers(1, 3))
+def test_many_channels_out_for_each_one_in(seed, groups, dims):
+    """For which the transpose of a CPU may have a form of its own."""
+    shape = (32 * groups, 1, *[3, 2, 2][:dims])
+    operator = Convolution(normal(seed, *shape), (6, 5, 4)[:dims], (2,) * dims, groups=groups)
+    dot_test(
+        operator, normal(seed + 1, 2, *operator.in_shape), normal(seed + 2, 2, *operator.out_shape)
+    )
+
+
 @given(operator=convolutions(symmetric=True), seed=seeds)
 def test_convolution_is_torchs_module(operator, seed):
     dims = len(operator.size)

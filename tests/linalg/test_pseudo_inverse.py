@@ -111,7 +111,7 @@ def test_cutoff_leaves_small_singular_values_out(exact, complex, shape, kept):
     values = torch.full((min(shape),), 1e-4, dtype=torch.float64)
     values[:kept] = 1
     values[0] = 1  # the largest, to which the cutoff is relative
-    given = left @ (values.to(given.dtype)[:, None] * right)
+    given = left @ (50 * values.to(given.dtype)[:, None] * right)
     inverse, spectrum = pseudo_inverse(given, exact=exact, rcond=1e-3)
     expected = torch.linalg.pinv(given, rtol=1e-3)
     assert relative(as_real(inverse), as_real(expected)) < 1e-11
