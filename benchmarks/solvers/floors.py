@@ -87,7 +87,7 @@ def literal_samples(operator: Convolution) -> int:
     return min(8, (1 << 24) // entries)
 
 
-def literal(operator: Convolution, x: Tensor, target: Tensor) -> Callable[[], Tensor]:
+def literal(operator: Convolution, x: Tensor) -> Callable[[], Tensor]:
     """Return Eq. 19 or 20 as they are written: one system a sample and frequency.
 
     What depends on the kernel alone is made before; the right-hand sides are left out of the cost.

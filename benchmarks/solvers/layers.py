@@ -118,7 +118,7 @@ def on_cpu(layer: Layer, watch: Stopwatch) -> dict[str, Any]:
     functions |= floor(operator, layer.batch, watch.device)
     samples = literal_samples(operator)
     if samples:
-        functions["literal"] = literal(operator, problem.x[:samples], problem.target[:samples])
+        functions["literal"] = literal(operator, problem.x[:samples])
     found = watch(functions)
     prepare = watch.once(lambda: Solver().prepare(operator))
     sum_of_parts = found["there"] + found["product"] + found["back"]
@@ -157,7 +157,7 @@ def on_gpu(layer: Layer, watch: Stopwatch, rates: Rates) -> dict[str, Any]:
     called = {**functions, "auto": problem.solve(chosen)}
     samples = literal_samples(operator)
     if samples:
-        called["literal"] = literal(operator, problem.x[:samples], problem.target[:samples])
+        called["literal"] = literal(operator, problem.x[:samples])
     with torch.no_grad():
         found = watch.captured(functions)
         eager = watch(called)

@@ -53,7 +53,7 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     graph = fx.Graph()
     x, target = graph.placeholder("x"), graph.placeholder("target")
     start = graph.call_module("prepare", (x, target))
-    walk = _Writer(graph, copy_nodes(traced, graph, {traced.input: x}, traced.graph.nodes), start)
+    walk = _Writer(graph, copy_nodes(graph, {traced.input: x}, traced.graph.nodes), start)
     inversions = nn.Module()
     stages = []
     for step in plan.steps:

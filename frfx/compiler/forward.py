@@ -20,12 +20,11 @@ _GLOBAL_HOOKS = (
 
 
 def copy_nodes(
-    traced: Traced, graph: fx.Graph, known: dict[fx.Node, fx.Node], nodes: Iterable[fx.Node]
+    graph: fx.Graph, known: dict[fx.Node, fx.Node], nodes: Iterable[fx.Node]
 ) -> dict[fx.Node, fx.Node]:
     """Copy nodes of the forward pass into a graph, whose attributes are then below `model`.
 
     Args:
-        traced: The network.
         graph: Where they are copied to.
         known: The copies that are there.
         nodes: What is copied, in forward order; what they read is among them, or known.
@@ -97,7 +96,7 @@ def forward_module(traced: Traced, outputs: tuple[fx.Node, ...]) -> fx.GraphModu
         outputs: The nodes whose values are returned, as a tuple.
     """
     graph = fx.Graph()
-    copies = copy_nodes(traced, graph, {traced.input: graph.placeholder("x")}, traced.graph.nodes)
+    copies = copy_nodes(graph, {traced.input: graph.placeholder("x")}, traced.graph.nodes)
     graph.output(tuple(copies[node] for node in outputs))
     forget_unused(graph)
     return _module(traced, graph, "Forward")
@@ -121,7 +120,7 @@ def region_module(
     graph = fx.Graph()
     known = {start: graph.placeholder("feature")}
     known |= {node: graph.placeholder(f"held_{i}") for i, node in enumerate(held)}
-    graph.output(copy_nodes(network.traced, graph, known, nodes)[end])
+    graph.output(copy_nodes(graph, known, nodes)[end])
     return _module(network.traced, graph, "Region"), held
 
 
