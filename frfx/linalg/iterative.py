@@ -97,7 +97,7 @@ class IterativeFactor(Factor):
         unscale = size / self.scale
         if self.dual:
             solution = self._iterate(lambda y: mv(rmv(y)), residual)
-            return self._no_worse(rmv(solution), residual) * unscale
+            return self._checked(rmv(solution), residual) * unscale
         solution = self._iterate(lambda x: rmv(mv(x)), rmv(residual))
         return solution * unscale
 
@@ -122,16 +122,25 @@ class IterativeFactor(Factor):
         self.convergence = went[0]
         return solution
 
-    def _no_worse(self, deviation: Tensor, residual: Tensor) -> Tensor:
-        """Drop what is worse than no deviation.
+    def _checked(self, deviation: Tensor, residual: Tensor) -> Tensor:
+        """Tell where rounding has spoiled the deviation, and drop what is worse than none.
 
         A residual out of the operator's reach makes the dual solution as large as the shift is
-        small. The operator annihilates it, but not its rounding.
+        small. The operator annihilates it, but not its rounding: which the dual system does not
+        show, but the normal equations do.
         """
         assert self.convergence is not None
-        left, steps, converged = self.convergence
-        worse = ~(norms(residual - self.operator.mv(deviation)) <= norms(residual))
-        self.convergence = Convergence(torch.where(worse, 1.0, left), steps, converged & ~worse)
+        left, steps, _ = self.convergence
+        with torch.no_grad():
+            missing = residual - self.operator.mv(deviation)
+            gradient = self.operator.rmv(missing) - self.shift * deviation
+            size = norms(residual)
+            worse = ~(norms(missing) <= size)
+            # Of a dual residual of this norm the normal equations have at most so much.
+            most = 2 * self.spectrum.largest / self.scale * size
+            left = left.maximum(norms(gradient) / torch.where(most > 0, most, 1.0))
+            left = torch.where(worse, 1.0, left)
+        self.convergence = Convergence(left, steps, left <= self.tolerance)
         return torch.where(by_sample(worse, deviation), 0.0, deviation)
 
     def _precondition(self, x: Tensor) -> Tensor:
