@@ -12,7 +12,7 @@ from frfx.compiler.bind import op_type
 from frfx.compiler.plan import Plan, Step, draft_plan
 from frfx.compiler.prepare import Preparation
 from frfx.compiler.probe import run_forward
-from frfx.compiler.regions import between, returns_several
+from frfx.compiler.regions import between
 from frfx.compiler.tail import LayerInfo, Layers, Network, Tail
 from frfx.errors import UnsupportedOp, UnsupportedOpsError
 from frfx.joint import JointRule
@@ -82,7 +82,7 @@ def _inversions(network: Network, tail: Tail, plan: Plan) -> Iterator[tuple[fx.N
             yield node, "labels pass"
         elif op_type(node, network.traced.root) is vocabulary.getitem:
             source = node.all_input_nodes[0]
-            if source in steps and returns_several(network, source):
+            if source in steps and network.returns_several(source):
                 yield node, f"a part of {network.traced.paths[source]!r}"
     for step in plan.steps:
         if step.node is not None and _is_region(step):

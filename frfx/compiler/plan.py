@@ -18,10 +18,9 @@ from frfx.compiler.regions import (
     joint_links,
     links,
     region,
-    returns_several,
     top,
 )
-from frfx.compiler.tail import Network, Tail
+from frfx.compiler.tail import Network, Tail, parts_of
 from frfx.errors import LayerError, PolicyError, UnsupportedOp, UnsupportedOpsError
 from frfx.joint import JointRule
 from frfx.ops import Op, Shape, describe
@@ -101,7 +100,8 @@ class Plan:
                 remedy = "remove the hook, or write what it does in the forward of the model"
                 problems.append(_problem(op, reason, step.rule, remedy))
             elif reason is not None:
-                problems.append(_problem(op, reason, step.rule))
+                end = _end_of_region(op, step.node, step.rule)
+                problems.append(_problem(op, reason, step.rule, region_at=end))
         if problems:
             raise UnsupportedOpsError(problems)
 
@@ -225,7 +225,9 @@ class _Planner:
         """Invert what lies between two neighbours that all paths lead through."""
         inside = between(self._network, start, end)
         op = self._bind(end, {start, *inside})
-        if branches(self._network, start, end) and self._policy.branches_at(op) == "region":
+        asked = isinstance(self._policy.rule_at(op), RegionRule)
+        branching = branches(self._network, start, end)
+        if asked or (branching and self._policy.branches_at(op) == "region"):
             self._region(op, start, end)
         else:
             nodes = (node for node in self._network.traced.graph.nodes if node in inside)
@@ -256,7 +258,7 @@ class _Planner:
     def _op(self, node: fx.Node, reached: set[fx.Node]) -> None:
         """Invert one op by its rule, if there is a target for it."""
         is_part = node.target is operator.getitem and any(
-            returns_several(self._network, source) for source in node.all_input_nodes
+            self._network.returns_several(source) for source in node.all_input_nodes
         )
         if node not in self.answered:
             return
@@ -271,7 +273,7 @@ class _Planner:
                 self._problems.append(_problem(op, reason, None, remedy))
             return
         sources = {op.inputs[name] for name in op.free}
-        one = len(sources) == 1 and not returns_several(self._network, node)
+        one = len(sources) == 1 and not self._network.returns_several(node)
         rule = self._policy.rule_for(op)
         if one and isinstance(rule, RegionRule):
             op = region(self._network, self._by_name[sources.pop()], node)
@@ -301,7 +303,8 @@ class _Planner:
         seen = _with_shapes(op, node, inputs, self._shapes)
         reason = "no rule is registered for it" if rule is None else rule.supports(seen)
         if reason is not None:
-            self._problems.append(_problem(seen, reason, rule))
+            end = _end_of_region(op, node, rule)
+            self._problems.append(_problem(seen, reason, rule, region_at=end))
         names = op.free if rule is None or reason is not None else rule.reconstructs(op)
         reconstructed = tuple(self._by_name[op.inputs[name]] for name in names)
         self.answered.update(reconstructed)  # so that every problem is found
@@ -338,7 +341,25 @@ def _with_shapes(
     return op.with_shapes(tuple(shapes[source] for source in inputs), shapes.get(node))
 
 
-def _problem(op: Op, reason: str, rule: Rule | None, remedy: str | None = None) -> UnsupportedOp:
+def _end_of_region(op: Op, node: fx.Node | None, rule: Rule | None) -> str | None:
+    """Return where a region that solves an op could end: in it, or in what takes its one part."""
+    if node is None or isinstance(rule, RegionRule) or op.type in vocabulary.HEADS:
+        return None
+    if len({op.inputs[name] for name in op.free}) != 1:
+        return None
+    parts = parts_of(node) if op.type is None or op.type.several else []
+    if not parts:
+        return op.path
+    return parts[0].name if len(parts) == 1 else None
+
+
+def _problem(
+    op: Op,
+    reason: str,
+    rule: Rule | None,
+    remedy: str | None = None,
+    region_at: str | None = None,
+) -> UnsupportedOp:
     spelling = describe(op.spelling)
     kind = spelling if op.type is None else f"{op.type.name} ({spelling})"
     if remedy is None:
@@ -348,7 +369,7 @@ def _problem(op: Op, reason: str, rule: Rule | None, remedy: str | None = None) 
                 f"policy.override(node={op.path!r}, rule=MyRule()), or "
                 f"@frfx.register_rule({spelling}, overwrite=True) on a subclass of frfx.rules.Rule"
             )
-        if len({op.inputs[name] for name in op.free}) == 1 and op.type not in vocabulary.HEADS:
-            region = f"policy.override(node={op.path!r}, rule=frfx.rules.RegionRule())"
+        if region_at is not None:
+            region = f"policy.override(node={region_at!r}, rule=frfx.rules.RegionRule())"
             remedy = f"{remedy}; or {region}, if it has a derivative"
     return UnsupportedOp(op.path, kind, op.show_shapes(), reason, remedy)

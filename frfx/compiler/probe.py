@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, fx
 
 from frfx.compiler.bind import live_nodes
 from frfx.compiler.trace import Traced
-from frfx.errors import InputError, NonFiniteError
+from frfx.errors import InputError, ModelError, NonFiniteError
 from frfx.ops import Shape
+from frfx.view import writable_view, written_to
 
 _FX_NOTE = "\n\nWhile executing"
 """Where fx begins to add to an exception's message."""
@@ -40,11 +42,21 @@ def run_forward(traced: Traced, x: Tensor) -> Probed:
     Raises:
         InputError: If the forward pass cannot take the input; names the node.
         NonFiniteError: If the input, or the value of a node, is not finite; names the first.
+        ModelError: If the forward pass would write to the model's own tensors.
     """
     check_finite(x, "the input batch")
+    view = writable_view(traced.root)
     with torch.autocast(x.device.type, enabled=False):
-        probe = _Probe(traced)
-        return Probed(probe.run(x), probe.shapes, probe.hooked, probe.sizes)
+        probe = _Probe(replace(traced, root=view))
+        output = probe.run(x)
+    written = written_to(view, traced.root)
+    if written:
+        raise ModelError(
+            f"in evaluation mode, too, the model writes to {', '.join(written)}: it would not stay "
+            "as it was. Switch that off, as torch.ao.quantization.disable_observer and "
+            "max_norm=None do, or normalise a batch by statistics that are not kept"
+        )
+    return Probed(output, probe.shapes, probe.hooked, probe.sizes)
 
 
 class _Probe(fx.Interpreter):

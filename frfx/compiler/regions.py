@@ -8,7 +8,7 @@ import networkx as nx
 from torch import fx
 
 from frfx import vocabulary
-from frfx.compiler.bind import bind, op_type
+from frfx.compiler.bind import bind
 from frfx.compiler.forward import region_module
 from frfx.compiler.tail import Network, Tail
 from frfx.errors import LayerError, nearest
@@ -57,14 +57,8 @@ def links(network: Network, tail: Tail) -> list[tuple[fx.Node, fx.Node]]:
 
     Ops that return a tuple are passed over: a region between two of these pairs ends in a tensor.
     """
-    chain = [node for node in tail.chain if not returns_several(network, node)]
+    chain = [node for node in tail.chain if not network.returns_several(node)]
     return list(itertools.pairwise(chain))
-
-
-def returns_several(network: Network, node: fx.Node) -> bool:
-    """Tell whether a node's value is a tuple of tensors."""
-    kind = op_type(node, network.traced.root)
-    return kind is not None and kind.several
 
 
 def joint_links(
@@ -103,7 +97,7 @@ def top(network: Network, tail: Tail, options: JointOptions) -> fx.Node:
 def _place(network: Network, tail: Tail, name: str | int, what: str) -> fx.Node:
     node = network.find(name)
     paths = network.traced.paths
-    usable = [n for n in tail.chain if n not in network.heads and not returns_several(network, n)]
+    usable = [n for n in tail.chain if n not in network.heads and not network.returns_several(n)]
     if node not in usable:
         known = [paths[n] for n in usable]
         raise LayerError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
 import types
 from collections.abc import Callable
@@ -33,6 +34,8 @@ def trace_symbolically(view: nn.Module) -> fx.Graph:
         if getattr(node.target, "__globals__", None) is vars(fx._symbolic_trace):
             # A function of torch that an attribute held names itself by what stands in for it.
             node.target = node.target.__wrapped__  # type: ignore[union-attr]
+        if node.target is getattr and node.args[1] in _PARTS:  # of what torch calls by names
+            node.target, node.args = operator.getitem, (node.args[0], _PARTS[node.args[1]])
     keep_constants(graph, scratch, view)
     for module in scratch.modules():  # fx refers to it in circles: else its weights would stay
         module.__dict__ |= {"_parameters": {}, "_buffers": {}}
@@ -51,6 +54,9 @@ def _recording(function: Callable) -> Callable:
 
     return call
 
+
+_PARTS = {"values": 0, "indices": 1}
+"""The parts of what `max(dim)`, `topk`, `sort` and their like return."""
 
 _FACTORIES: tuple[Callable, ...] = (torch.zeros, torch.ones, torch.full, torch.empty, torch.eye)
 _FACTORIES += (torch.arange, torch.linspace, torch.rand, torch.randn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -261,8 +262,7 @@ class Network:
                 f"layer {self.traced.paths[cut]!r} lies behind the logits "
                 f"{self.traced.paths[self.logits()]!r}: there is nothing to invert"
             )
-        kind = op_type(cut, self.traced.root)
-        if kind is not None and kind.several:
+        if self.returns_several(cut):
             raise LayerError(
                 f"layer {self.traced.paths[cut]!r} is a tuple of tensors: name what it is made of, "
                 "or one of its parts"
@@ -276,8 +276,21 @@ class Network:
             chain=tuple(self.dominators(cut)),
         )
 
+    def returns_several(self, node: fx.Node) -> bool:
+        """Tell whether a node's value is a tuple: of ops unknown, whether parts of it are read."""
+        kind = op_type(node, self.traced.root)
+        return bool(parts_of(node)) if kind is None else kind.several
+
     @functools.cached_property
     def heads(self) -> set[fx.Node]:
         """The softmax, log-softmax and argmax nodes behind the logits, up to the output."""
         behind = nx.descendants(self.flow, self.logits())
         return behind & (nx.ancestors(self.flow, self.output) | {self.output})
+
+
+def parts_of(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that take a part of what an op returns, by its number, and are read."""
+    if not node.op.startswith("call_"):
+        return []
+    users = (user for user in node.users if user.target is operator.getitem and user.users)
+    return [user for user in users if isinstance(user.args[1], int)]

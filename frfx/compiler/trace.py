@@ -14,7 +14,7 @@ from frfx.compiler.names import qualified_names
 from frfx.compiler.outputs import Key, choose_output, follow
 from frfx.compiler.symbolic import input_name, trace_symbolically
 from frfx.errors import InputError, LayerError, TraceError, first_line
-from frfx.view import scratch_view
+from frfx.view import scratch_view, writable_view
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _fits(traced: Traced, x: Tensor) -> bool:
     """Tell whether the graph computes what the model does, if the model takes the batch at all."""
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            output = fx.Interpreter(traced.root, graph=traced.graph).run(x)
+            output = fx.Interpreter(writable_view(traced.root), graph=traced.graph).run(x)
             return is_output(output, traced, x)
     except Exception:  # the caller runs the batch, too, and says what is wrong with it
         return True

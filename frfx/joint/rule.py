@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from frfx.errors import InputError, TargetError, UnreachedError, UnreachedWarning
+from frfx.errors import InputError, TargetError, UnreachedError, UnreachedWarning, first_line
 from frfx.joint.margin import MarginConstraint
 from frfx.joint.options import JointOptions
 from frfx.joint.output import OutputConstraint
@@ -16,11 +16,12 @@ from frfx.joint.region import Region
 from frfx.joint.report import Report
 from frfx.joint.sqp import nearest_feature
 from frfx.linalg.pseudo_inverse import solve_dtype
-from frfx.ops import Op
+from frfx.ops import Op, Shape
 from frfx.rules.base import Inversion, Rule
 from frfx.rules.label import nearest_embedding
 from frfx.rules.region import ordinary
 from frfx.view import in_precision
+from frfx.weights import Weights
 
 _SLACK = 1e-2
 """The share of the margin that may be missing where a label counts as reached."""
@@ -44,6 +45,7 @@ class JointInversion(Inversion):
         super().__init__()
         self.op, self.options, self.batch = op, options, batch
         self.report: Report | None = None
+        self._apart: tuple[Shape, Weights] | None = None
         self.solver = f"SQP, {options.steps} steps at most"
 
     @torch.compiler.disable
@@ -61,6 +63,7 @@ class JointInversion(Inversion):
         region = Region(module, tuple(_raised(value, dtype) for value in held), self.batch)
         rounded = output.dtype != dtype  # then whether it reaches the target is not to be seen
         feature, output = feature.to(dtype), output.to(dtype)
+        self._check_apart(region, feature, None if rounded else output)
         constraint: MarginConstraint | OutputConstraint
         if target.is_floating_point():
             constraint = OutputConstraint(region, target.to(dtype), output, options.iterations)
@@ -82,6 +85,33 @@ class JointInversion(Inversion):
         )
         self._tell(self.report)
         return found
+
+    def _check_apart(self, region: Region, feature: Tensor, output: Tensor | None) -> None:
+        """Raise `InputError` if samples depend on each other; asked anew for other sizes, weights.
+
+        They do if the output of some is another one where the others are not there. Of any two
+        samples there is a half of the batch that has the one, not the other.
+        """
+        shape, tensors, known = tuple(feature.shape), self.op.tensors(), self._apart
+        if known is not None and known[0] == shape and known[1].match(tensors):
+            return
+        index = torch.arange(len(feature), device=feature.device)
+        output = region(feature, index) if output is None else output
+        rounding = 10 * torch.finfo(output.dtype).eps ** 0.5 * output.abs().amax()
+        for bit in range((len(feature) - 1).bit_length()):
+            rows = index[(index >> bit) % 2 == 1]
+            reason = "the output of some samples depends on others"
+            try:
+                off = (region(feature[rows], rows) - output[rows]).abs().amax()
+                apart = bool(off <= rounding)
+            except (RuntimeError, ValueError) as error:  # as of statistics of one sample
+                apart, reason = False, f"a part of the batch cannot go alone: {first_line(error)}"
+            if not apart:
+                raise InputError(
+                    f"{self.op.path!r}: joint inversion takes samples one by one, but {reason}. "
+                    "Cut behind what mixes them, or invert layer by layer"
+                )
+        self._apart = shape, Weights(tensors)
 
     def _tell(self, report: Report) -> None:
         """Say what has not been reached, as the options ask for."""

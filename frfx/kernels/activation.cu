@@ -9,17 +9,30 @@ struct Limits {
   __device__ T operator()(T y) const { return y < low ? low : y > high ? high : y; }
 };
 
+// `reached`: whether the ends of the range are, so that the function is flat somewhere. There,
+// rounding of the target is no reason to move an entry far.
+
+template <typename T>
+__device__ bool is_rounding(T difference, T step) {
+  const bool wide = sizeof(T) == 8;
+  const T share = T(wide ? 1.8189894035458565e-12 : 6.415304e-06);
+  return abs(difference) < share * abs(step) + T(wide ? 2.2250738585072014e-308 : 1.17549435e-38);
+}
+
 struct Identity {
+  static constexpr bool reached = true;
   template <typename T>
   static __device__ T nearest(T y, T) { return y; }
 };
 
 struct Tanh {
+  static constexpr bool reached = false;
   template <typename T>
   static __device__ T nearest(T y, T) { return atanh(y); }
 };
 
 struct Sigmoid {
+  static constexpr bool reached = false;
   template <typename T>
   static __device__ T nearest(T y, T) { return log(y / (1 - y)); }
 };
@@ -69,6 +82,7 @@ struct Mish {
 
 template <typename F>
 struct Dip {
+  static constexpr bool reached = true;
   // Newton's steps between two points, bisecting where they leave.
   template <typename T>
   static __device__ T root(T y, T low, T high, bool rises) {
@@ -105,6 +119,8 @@ __global__ void preimage(const T* __restrict__ target, const T* __restrict__ out
   const long long all = (long long)gridDim.x * blockDim.x;
   for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += all) {
     const T wanted = limit(target[i]), given = limit(output[i]), mine = x[i];
-    result[i] = wanted == given ? mine : F::nearest(wanted, mine);
+    const T found = F::nearest(wanted, mine);
+    const bool same = F::reached ? is_rounding(wanted - given, found - mine) : wanted == given;
+    result[i] = same ? mine : found;
   }
 }

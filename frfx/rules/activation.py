@@ -70,7 +70,9 @@ class ElementwiseInversion(Inversion):
         wanted = target.clamp(*self.limits)
         had = output.to(target.dtype).clamp(*self.limits)
         preimage = self.function.nearest(wanted, x, **self.arguments)
-        return where_equal(wanted, had, x, preimage)
+        # Where the function is flat, rounding of the target is no reason to move an entry far.
+        rounding = torch.finfo(wanted.dtype).eps ** 0.75 if self.function.attained else 0.0
+        return where_equal(wanted, had, x, preimage, rounding)
 
 
 def _limits(function: Elementwise, arguments: dict[str, Any], margin: float) -> Range:

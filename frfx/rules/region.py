@@ -132,8 +132,8 @@ class RegionRule(CGLSRule):
     def supports(self, op: Op) -> str | None:
         if op.type is vocabulary.region:
             return None
-        if op.type is not None and op.type.several:
-            return "it returns a tuple, and a region ends in one tensor"
+        if len(set(op.inputs.values())) == 1:
+            return "it returns several tensors, and a region ends in one: name what takes a part"
         return f"it is applied to {', '.join(op.inputs.values())}, and a region begins at one value"
 
     def build(self, op: Op) -> Inversion:

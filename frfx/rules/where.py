@@ -22,11 +22,29 @@ def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return _select(condition.to(_BITS[a.dtype]).neg_(), a, b)
 
 
-def where_equal(given: Tensor, other: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return a where the first two are equal, else b, or b itself if they never are."""
+def where_equal(
+    given: Tensor, other: Tensor, a: Tensor, b: Tensor, rounding: float = 0.0
+) -> Tensor:
+    """Return a where the first two are equal, else b, or b itself if they never are.
+
+    Args:
+        given: Compared with the other.
+        other: What it is compared with.
+        a: Taken where they are equal.
+        b: Taken where they are not.
+        rounding: Two that differ by less than this share of what a and b do are equal, too.
+    """
     if not given.dtype == other.dtype == a.dtype == b.dtype or not _has_bits(given, other, a, b):
+        if rounding:
+            reach = rounding * (b - a).abs() + torch.finfo(b.dtype).tiny
+            return torch.where((given - other).abs() < reach, a, b)
         return torch.where(given == other, a, b)
-    equal = torch.eq(given, other, out=torch.empty_like(given))  # 1 and 0, as numbers
+    equal = torch.empty_like(given)  # 1 and 0, as numbers
+    if rounding:
+        reach = torch.sub(b, a).abs_().mul_(rounding).add_(torch.finfo(b.dtype).tiny)
+        torch.lt(torch.sub(given, other, out=equal).abs_(), reach, out=equal)
+    else:
+        torch.eq(given, other, out=equal)
     if equal.numel() == 0 or not bool(equal.amax()):
         return b
     bits = _BITS[a.dtype]

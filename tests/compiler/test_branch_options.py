@@ -211,7 +211,10 @@ def test_what_a_region_rule_is_not_for():
 
     policy = frfx.policy.minimal(branches="rules")
     chosen = {
-        torch.chunk: ("chunk", "it returns a tuple, and a region ends in one tensor"),
+        torch.chunk: (
+            "chunk",
+            "it returns several tensors, and a region ends in one: name what takes a part",
+        ),
         torch.mul: ("mul", "it is applied to getitem, linear, and a region begins at one value"),
     }
     for op, (path, reason) in chosen.items():

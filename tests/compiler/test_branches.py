@@ -17,6 +17,7 @@ from tests.oracles import (
     Apply,
     embedding_by_quadprog,
     invert,
+    jacobian,
     normal,
     reconstruct,
     relative,
@@ -300,9 +301,40 @@ def test_what_cannot_be_reconstructed():
         def forward(self, x):
             return self.fc(self.lstm(x)[0][:, -1])
 
-    inverse = frfx.invert(Recurrent().eval(), "lstm")
-    with pytest.raises(frfx.LayerError, match="'lstm' is no tensor: name what it is made of"):
-        inverse(normal(0, 2, 4, 6).float(), torch.arange(2))
+    with pytest.raises(frfx.LayerError, match="'lstm' is a tuple of tensors: name what it is"):
+        frfx.invert(Recurrent().eval(), "lstm")
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_region_that_ends_in_a_part_of_what_an_op_returns(kind):
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.rnn = nn.Linear(3, 6), kind(6, 5, batch_first=True)
+            self.last = nn.Linear(5, 3)
+
+        def forward(self, x):
+            sequence, _ = self.rnn(self.first(x))
+            return self.last(sequence[:, -1])
+
+    model, x = Recurrent().double().eval(), normal(0, 2, 4, 3)
+    with pytest.raises(frfx.UnsupportedOpsError) as caught:
+        frfx.invert(model, "first")
+    (problem,) = caught.value.ops
+    assert "policy.override(node='getitem', rule=frfx.rules.RegionRule())" in problem.remedy
+    rule = rules.RegionRule(damping=0.0, tolerance=1e-12, max_steps=200)
+    inverse = frfx.invert(model, "first", policy=exact().override(node="getitem", rule=rule))
+    nodes = inverse.reconstruct(x, model(normal(1, 2, 4, 3)).detach())
+    feature, part = nodes["first"], nodes["getitem"]
+    for k in range(2):
+        matrix = jacobian(lambda v: model.rnn(v)[0], feature.forward[k : k + 1])
+        asked = (part.target - part.forward)[k].numpy().ravel()
+        moved = (feature.target - feature.forward)[k].reshape(-1)
+        assert relative(moved, np.linalg.pinv(matrix, rcond=1e-10) @ asked) < 1e-6
+    with pytest.raises(frfx.UnsupportedOpsError, match="name what takes a part") as caught:
+        frfx.invert(model, "first", policy=exact().override(node="rnn", rule=rule))
+    assert "RegionRule" not in caught.value.ops[0].remedy
 
 
 class HoldAll(rules.ProductRule):

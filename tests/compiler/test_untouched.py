@@ -234,3 +234,43 @@ def test_snapshot_notices_what_it_is_for():
     assert changes(lambda m: setattr(m, "last", 1))
     assert changes(lambda m: m.fc.register_forward_hook(lambda *_: None))
     assert changes(lambda m: m.add_module("act", nn.Tanh()))
+
+
+class Adapting(nn.Module):
+    """Keeps statistics in evaluation mode, too; or renormalises an embedding that it reads."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.last = kind, nn.Linear(6, 8), nn.Linear(8, 4)
+        self.norm = nn.BatchNorm1d(8)
+        self.embedding = nn.Embedding(5, 8, max_norm=0.1)
+        self.register_buffer("tokens", torch.arange(5))
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.kind == "norm":
+            norm = self.norm
+            x = nn.functional.batch_norm(x, norm.running_mean, norm.running_var, training=True)
+        else:
+            x = x + self.embedding(self.tokens).sum(0)
+        return self.last(torch.relu(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "written"),
+    [("norm", "norm.running_mean, norm.running_var"), ("embedding", "embedding.weight")],
+)
+def test_a_model_that_would_write_to_itself_is_refused(kind, written):
+    model = Adapting(kind).eval()
+    x, y = torch.rand(5, 6), torch.arange(5) % 4
+    before = snapshot(model)
+    for act in (
+        lambda: frfx.invert(model, "first", policy="joint")(x, y),
+        lambda: frfx.invert(model, "first", policy="joint", example_input=x)(x, y),
+        lambda: frfx.post_train(model, [(x, y)], upto_layer=1, alpha=0, epochs=1),
+    ):
+        with pytest.raises(frfx.ModelError, match=f"the model writes to {written}: it would not"):
+            act()
+        assert snapshot(model) == before
+    frfx.layers(model, x)
+    assert snapshot(model) == before

@@ -324,3 +324,28 @@ def test_the_batch_comes_first():
     inverse = frfx.invert(Sequence().eval(), "tanh", policy="joint")
     with pytest.raises(frfx.InputError, match=r"'tanh' has shape \(3, 4, 8\).*\(4, 5\): cut else"):
         inverse(torch.randn(4, 3, 8), torch.arange(4))
+
+
+class Centred(nn.Module):
+    """Takes the mean of the batch away."""
+
+    def forward(self, x):
+        return x - x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("constraint", ["inequality", "equality"])
+@pytest.mark.parametrize(
+    "mix", [Centred(), nn.BatchNorm1d(6, track_running_stats=False)], ids=["mean", "statistics"]
+)
+def test_samples_that_depend_on_each_other_are_refused(mix, constraint):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 6), nn.Tanh(), mix, nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)
+    )
+    model.double().eval()
+    x, y = torch.randn(3, 5).double(), torch.tensor([1, 2, 0])
+    policy = frfx.policy.joint(constraint=constraint, unreached="ignore")
+    with pytest.raises(frfx.InputError, match="takes samples one by one, but"):
+        frfx.invert(model, "0", policy=policy)(x, y)
+    frfx.invert(model, "3", policy=policy)(x, y)  # behind it they do not
+    frfx.invert(model[3:], 0, policy=policy)(torch.randn(1, 6).double(), y[:1])

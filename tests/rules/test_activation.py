@@ -576,3 +576,15 @@ def test_registered_nearest():
 def test_registrations_that_make_no_sense(arguments, message):
     with pytest.raises(frfx.RegistryError, match=message):
         frfx.register_elementwise(torch.exp2, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("function", [torch.relu, F.relu6, F.hardtanh, F.hardsigmoid, F.hardswish])
+def test_rounding_of_the_target_moves_no_entry_far(function, dtype):
+    """Where the function is flat, too: a target is computed in more ways than one."""
+    x = 8 * normal(0, 4, 50).to(dtype)
+    output = function(x)
+    target = output + normal(1, 4, 50).to(dtype) * 4 * torch.finfo(dtype).eps
+    policy = "minimal" if function is torch.relu else "paper"
+    found = reconstruct(function, x, target, policy)
+    assert float((found - x).abs().max()) <= (1e-3 if dtype == torch.float32 else 1e-9)

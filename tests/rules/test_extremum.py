@@ -21,6 +21,7 @@ SPELLINGS = {
     "max": (lambda x: torch.max(x, 1)[0], (1,), 1),
     "max keepdim": (lambda x: torch.max(x, dim=-1, keepdim=True)[0], (3,), 1),
     "max method": (lambda x: x.max(2)[0], (2,), 1),
+    "max by name": (lambda x: x.max(2).values, (2,), 1),
     "min": (lambda x: torch.min(x, 2)[0], (2,), -1),
     "aten": (lambda x: torch.ops.aten.max.dim(x, 3)[0], (3,), 1),
 }
