@@ -438,6 +438,11 @@ hardtanh = define(
     "input, min_val=-1.0, max_val=1.0, **_",
     [nn.Hardtanh, F.hardtanh, aten.hardtanh.default],
 )
+clamp = define(
+    "clamp",
+    "input, min=None, max=None, **_",
+    [torch.clamp, torch.clip, "clamp", "clip", aten.clamp.default],
+)
 relu6 = define("relu6", "input, **_", [nn.ReLU6, F.relu6, aten.relu6.default])
 hardsigmoid = define(
     "hardsigmoid",

@@ -178,6 +178,7 @@ ELEMENTWISE = {
     "leaky_relu": (functools.partial(F.leaky_relu, negative_slope=-0.3), {}),
     "prelu": (F.prelu, {"weight": torch.tensor([0.2], dtype=torch.float64)}),
     "hardtanh": (F.hardtanh, {}),
+    "clamp": (functools.partial(torch.clamp, min=-0.5, max=2.0), {}),
     "relu6": (F.relu6, {}),
     "hardsigmoid": (F.hardsigmoid, {}),
     "silu": (F.silu, {}),

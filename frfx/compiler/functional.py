@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import operator
 import re
+from collections.abc import Callable
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from frfx.view import writes_in_place
@@ -18,6 +19,19 @@ _OUT_OF_PLACE = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
+
+
+def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Return what `x.copy_(source)` leaves in x."""
+    return source.to(x.device, x.dtype, non_blocking).expand_as(x)
+
+
+_METHODS: dict[str, Callable[..., Tensor]] = {
+    "copy_": _copied,
+    "fill_": torch.full_like,
+    "zero_": torch.zeros_like,
+}
+"""Methods that write in place and have no twin of the name without its end."""
 
 
 def functionalize(graph: fx.Graph, view: nn.Module) -> None:
@@ -32,7 +46,13 @@ def functionalize(graph: fx.Graph, view: nn.Module) -> None:
         if node.op in ("call_function", "call_method") and node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
             written = True
-        if node.op == "call_method" and re.fullmatch(r"[a-z]\w*_", node.target):
+        if node.op == "call_method" and node.target == "requires_grad_":  # no value changes
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
+        if node.op == "call_method" and node.target in _METHODS:
+            node.op, node.target, written = "call_function", _METHODS[node.target], True
+        elif node.op == "call_method" and _has_twin(node.target):
             node.target, written = node.target[:-1], True
         elif node.op == "call_function" and node.target in _OUT_OF_PLACE:
             node.target, written = _OUT_OF_PLACE[node.target], True
@@ -43,6 +63,14 @@ def functionalize(graph: fx.Graph, view: nn.Module) -> None:
                 node.target, written = twin, True
         if written and node.args and isinstance(node.args[0], fx.Node):
             _redirect_later_uses(node.args[0], node)
+            if not node.users and node.op != "call_module":  # as where a buffer was written to
+                graph.erase_node(node)
+
+
+def _has_twin(method: str) -> bool:
+    """Tell whether a method writes in place, and another does the same out of place."""
+    twin = getattr(torch.Tensor, method[:-1], None)
+    return re.fullmatch(r"[a-z]\w*_", method) is not None and callable(twin)
 
 
 def _name_inplace(node: fx.Node) -> None:

@@ -239,6 +239,7 @@ _identity = functools.partial(_enter, nearest=preimage.identity, attained=True, 
 _identity(vocabulary.relu, range=(0, math.inf), principle="minimal")
 _identity(vocabulary.relu6, range=(0, 6))
 _identity(vocabulary.hardtanh, range=preimage.hardtanh_range)
+_identity(vocabulary.clamp, range=preimage.clamp_range)
 _enter(vocabulary.hardsigmoid, preimage.hardsigmoid, (0, 1), attained=True)
 
 # Several preimages.

@@ -82,6 +82,11 @@ def hardtanh_range(min_val: float = -1.0, max_val: float = 1.0) -> tuple[float, 
     return min_val, max_val
 
 
+def clamp_range(min: float | None = None, max: float | None = None) -> tuple[float, float]:
+    """The range of clamp."""
+    return -math.inf if min is None else min, math.inf if max is None else max
+
+
 def hardsigmoid(y: Tensor, x: Tensor) -> Tensor:
     """`6 y - 3` on the slope."""
     return 6 * y - 3

@@ -669,3 +669,33 @@ def test_the_copy_that_is_traced_goes_at_once():
         assert inverse.layer == "0"
     finally:
         gc.enable()
+
+
+class WritesInPlace(nn.Module):
+    """Writes by methods that have no twin of the name without its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        x.requires_grad_()
+        x = self.first(x)
+        with torch.no_grad():
+            self.mean.copy_(0.9 * self.mean + 0.1 * x.mean(0))
+        scale = torch.empty_like(x).fill_(0.5)
+        offset = torch.ones_like(x).zero_()
+        return self.last(torch.tanh(x) * scale + offset)
+
+
+def test_methods_that_write_in_place_and_have_no_twin():
+    model, x = WritesInPlace().eval(), torch.randn(5, 4)
+    target = model(torch.randn(5, 4)).detach()
+    model.mean.zero_()
+    found = frfx.invert(model, "first", policy="minimal")(x, target)
+    assert not model.mean.any()
+    assert not x.requires_grad
+    reached = model.last(0.5 * torch.tanh(found))
+    torch.testing.assert_close(reached, target, rtol=1e-4, atol=1e-5)

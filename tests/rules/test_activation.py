@@ -190,6 +190,28 @@ ACTIVATIONS = {
             "aten": lambda x: aten.hardtanh.default(x, -0.5, 2.0),
         },
     ),
+    "clamp": Activation(
+        nn.Hardtanh(-0.5, 2.0),
+        (-0.5, 2),
+        {
+            "torch.clamp": lambda x: torch.clamp(x, -0.5, 2.0),
+            "torch.clip": lambda x: torch.clip(x, max=2.0, min=-0.5),
+            "x.clamp": lambda x: x.clamp(-0.5, 2.0),
+            "x.clip": lambda x: x.clip(-0.5, 2.0),
+            "aten": lambda x: aten.clamp.default(x, -0.5, 2.0),
+        },
+    ),
+    "clamp, one end": Activation(
+        nn.Hardtanh(-0.5, math.inf),
+        (-0.5, math.inf),
+        {
+            "torch.clamp": lambda x: torch.clamp(x, -0.5),
+            "torch.clip": lambda x: torch.clip(x, min=-0.5),
+            "x.clamp": lambda x: x.clamp(min=-0.5),
+            "x.clip": lambda x: x.clip(-0.5, None),
+            "aten": lambda x: aten.clamp.default(x, -0.5),
+        },
+    ),
     "hardsigmoid": Activation(
         nn.Hardsigmoid(), (0, 1), of("hardsigmoid", F) | {"aten": aten.hardsigmoid.default}
     ),
