@@ -74,6 +74,7 @@ class Plan:
         shapes: Mapping[fx.Node, Shape],
         hooked: Collection[fx.Node],
         sizes: Mapping[str, Any],
+        complex_values: Collection[fx.Node] = (),
     ) -> None:
         """Ask every rule again, now that the forward pass has run.
 
@@ -81,6 +82,7 @@ class Plan:
             shapes: The activations' shapes without the batch.
             hooked: The nodes whose modules compute something else because of a hook.
             sizes: What the nodes that compute with sizes have given, by name.
+            complex_values: The nodes whose values are complex numbers.
 
         Raises:
             LayerError: If the layer is no tensor.
@@ -98,6 +100,11 @@ class Plan:
             if step.node in hooked and op.type is not vocabulary.region:  # that runs its hooks
                 reason = "a hook of the module changes its value, which no rule can see"
                 remedy = "remove the hook, or write what it does in the forward of the model"
+                problems.append(_problem(op, reason, step.rule, remedy))
+            elif not {step.node, *step.inputs}.isdisjoint(complex_values):
+                reason = "its values are complex numbers, and no rule is for these"
+                remedy = "cut behind it, or in front of where the numbers become complex and solve "
+                remedy += 'all between as one: policy="joint", or a RegionRule where they are real'
                 problems.append(_problem(op, reason, step.rule, remedy))
             elif reason is not None:
                 end = _end_of_region(op, step.node, step.rule)

@@ -175,7 +175,7 @@ class Preparation(nn.Module):
         if self._size(x) not in self.shapes:
             self._verify(probed.output, x)
         sizes = self._sizes_of_images(x, probed.sizes)
-        self.plan.check(probed.shapes, probed.hooked, sizes)
+        self.plan.check(probed.shapes, probed.hooked, sizes, probed.complex)
         self.sizes[self._size(x)] = sizes
         return probed.shapes
 
@@ -196,12 +196,14 @@ class Preparation(nn.Module):
                 f"the model itself refuses a batch of shape {tuple(x.shape)}: {first_line(error)}"
             ) from error
         if not same:
+            exported = self.traced.front_end == "torch.export"
             raise TraceMismatchError(
                 f"the graph that {self.traced.front_end} traced does not compute what the model "
                 "computes: its forward probably depends on the input's values or type, draws "
                 "random numbers in evaluation mode, switches autocast on, or computes with a "
                 "buffer that has changed since; or a hook of the model changes what it returns. "
-                "Give example_input to invert, or rewrite that part of the forward"
+                + ("Rewrite" if exported else "Give example_input to invert, or rewrite")
+                + " that part of the forward"
             )
 
     def _check_target(self, x: Tensor, target: Any, shapes: Mapping[fx.Node, Shape]) -> Tensor:

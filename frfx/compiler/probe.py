@@ -27,12 +27,14 @@ class Probed(NamedTuple):
         shapes: Every activation's shape, without the batch.
         hooked: The nodes whose modules compute something else because of a hook.
         sizes: What the nodes have given that compute with sizes, by name.
+        complex: The nodes whose values are complex numbers.
     """
 
     output: Tensor
     shapes: dict[fx.Node, Shape]
     hooked: set[fx.Node]
     sizes: dict[str, Any]
+    complex: set[fx.Node]
 
 
 @torch.no_grad()
@@ -56,7 +58,7 @@ def run_forward(traced: Traced, x: Tensor) -> Probed:
             "as it was. Switch that off, as torch.ao.quantization.disable_observer and "
             "max_norm=None do, or normalise a batch by statistics that are not kept"
         )
-    return Probed(output, probe.shapes, probe.hooked, probe.sizes)
+    return Probed(output, probe.shapes, probe.hooked, probe.sizes, probe.complex)
 
 
 class _Probe(fx.Interpreter):
@@ -73,6 +75,7 @@ class _Probe(fx.Interpreter):
         self.shapes: dict[fx.Node, Shape] = {}
         self.hooked: set[fx.Node] = set()
         self.sizes: dict[str, Any] = {}
+        self.complex: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -85,6 +88,8 @@ class _Probe(fx.Interpreter):
             ) from error
         if n in self.live and isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape[1:])
+            if value.is_complex():
+                self.complex.add(n)
             if n.op != "placeholder":
                 self._check(n, value)
         if n in self.live and n.op == "call_module" and self._is_changed_by_hooks(n, value):

@@ -19,7 +19,7 @@ from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op, Shape
 from frfx.rules.base import Inversion, Rule
 from frfx.rules.label import nearest_embedding
-from frfx.rules.region import ordinary
+from frfx.rules.region import derivatives, ordinary
 from frfx.view import in_precision
 from frfx.weights import Weights
 
@@ -80,9 +80,10 @@ class JointInversion(Inversion):
             slack = _SLACK * options.margin
             constraint = MarginConstraint(region, target, options.margin, slack, options.classes)
         known = None if rounded else output
-        found, self.report = nearest_feature(
-            constraint, feature, options.steps, options.tolerance, known
-        )
+        with derivatives(self.op, "cut behind it, or invert layer by layer"):
+            found, self.report = nearest_feature(
+                constraint, feature, options.steps, options.tolerance, known
+            )
         self._tell(self.report)
         return found
 

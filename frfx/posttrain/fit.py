@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from frfx.errors import FrfxError, TargetError
 from frfx.policy import Policy
@@ -40,6 +41,8 @@ def post_train(
     example_input: Tensor | None = None,
     output: str | int | None = None,
     weighing: str = "paper",
+    classification_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    reconstruction_loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
 ) -> list[EpochRecord]:
     """Post-train the layers `l_S + 1 .. l_R` of a network in place, the rest frozen.
 
@@ -73,6 +76,8 @@ def post_train(
             `frfx.invert`.
         weighing: How alpha weighs the reconstruction loss, as for `PostTraining`; after a resume
             the mean that ``"relative"`` divides by is taken anew.
+        classification_loss: As for `PostTraining`: another for outputs that are not classes.
+        reconstruction_loss: As for `PostTraining`.
 
     Returns:
         One record an epoch, those before a resume included.
@@ -95,6 +100,8 @@ def post_train(
         example_input=example_input,
         output=output,
         weighing=weighing,
+        classification_loss=classification_loss,
+        reconstruction_loss=reconstruction_loss,
     )
     with step, _progress_bar(progress, epochs) as show:
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-3))

@@ -151,6 +151,7 @@ class PostTraining(nn.Module):
             output = classification = None
         else:
             feature, output = self.to_output(x)
+            self._check_probabilities(y)
             classification = self.classification_loss(output, y)
         reconstruction = None
         if target is not None and self.targets is not None:
@@ -162,6 +163,16 @@ class PostTraining(nn.Module):
             reconstruction = self.reconstruction_loss(feature, target)
         total = combine(self.alpha, classification, self._weighed(reconstruction, x, target))
         return Losses(total, classification, reconstruction, output)
+
+    def _check_probabilities(self, y: Tensor) -> None:
+        """Raise `TargetError` for float labels that cross_entropy would misread."""
+        if self.classification_loss is not F.cross_entropy or not y.is_floating_point():
+            return
+        if y.ndim < 2 or not torch.allclose(y.sum(1), y.new_ones(()), rtol=0, atol=1e-2):
+            raise TargetError(
+                "cross_entropy reads float labels as probabilities of the classes, and these do "
+                "not add up to 1: give another classification_loss, such as F.mse_loss"
+            )
 
     def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the target `a*` of a batch, as a call makes it: by the network before training.

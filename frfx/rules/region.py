@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from frfx import vocabulary
-from frfx.errors import UnsupportedOp, UnsupportedOpsError
+from frfx.errors import UnsupportedOp, UnsupportedOpsError, first_line
 from frfx.linalg.cgls import damped_cgls
 from frfx.linalg.jacobian import Jacobian
 from frfx.linalg.pseudo_inverse import solve_dtype
@@ -60,7 +60,9 @@ class RegionInversion(Inversion):
         assert self.op.module is not None
         module = in_precision(self.op.module, dtype)
         feature, *held = (v.to(dtype) if v.is_floating_point() else v for v in given)
-        with self._derivatives():
+        with derivatives(
+            self.op, "take its ops by their rules, branches='rules', or cut behind it"
+        ):
             jacobian = Jacobian(lambda value: module(value, *held), feature)
             return self._step(jacobian, target.to(dtype) - output.to(dtype), feature)
 
@@ -91,22 +93,27 @@ class RegionInversion(Inversion):
             known = self._coupling = shape, Weights(tensors), couples
         return known[2]
 
-    @contextlib.contextmanager
-    def _derivatives(self) -> Iterator[None]:
-        """Name the region where an op inside cannot be differentiated."""
-        try:
-            yield
-        except RuntimeError as error:  # NotImplementedError is one
-            if "not implemented" not in str(error):
-                raise
-            op = UnsupportedOp(
-                self.op.path,
-                "region",
-                self.op.show_shapes(),
-                f"an op inside cannot be differentiated as the solver asks: {error}",
-                f"policy.override(node={self.op.path!r}, branches='rules')",
-            )
-            raise UnsupportedOpsError([op]) from error
+
+_NO_DERIVATIVE = (
+    "not implemented",
+    "does not require grad",
+    "not have been used",
+    "does not support",
+)
+"""What torch says where it cannot differentiate."""
+
+
+@contextlib.contextmanager
+def derivatives(op: Op, remedy: str) -> Iterator[None]:
+    """Name the region in which an op cannot be differentiated, and the way out."""
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        if not any(text in str(error) for text in _NO_DERIVATIVE):
+            raise
+        reason = f"an op inside cannot be differentiated as the solver asks: {first_line(error)}"
+        problem = UnsupportedOp(op.path, "region", op.show_shapes(), reason, remedy)
+        raise UnsupportedOpsError([problem]) from error
 
 
 @register_rule(vocabulary.region)

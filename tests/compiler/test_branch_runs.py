@@ -360,3 +360,25 @@ def test_errors_of_a_hundred_layers_are_visible_and_bounded(policy):
         if node.op != "argmax" and node.name != "240":  # what the labels ask for
             moved = (node.target - node.forward).norm(dim=1)
             assert bool((moved <= 0.3 * (1 + 1e-5) * node.forward.norm(dim=1)).all())
+
+
+class Spectrum(nn.Module):
+    """Features from the absolute values of a Fourier transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.fft.rfft(self.first(x)).abs())
+
+
+def test_complex_values_are_solved_through_or_refused():
+    model, x, y = Spectrum().eval(), torch.randn(4, 6), torch.arange(4) % 3
+    rule = frfx.rules.RegionRule()
+    alone = frfx.policy.minimal().override(node="fft_rfft", rule=rule)
+    for policy, layer in ((alone, "first"), ("joint", "fft_rfft"), ("minimal", "fft_rfft")):
+        with pytest.raises(frfx.UnsupportedOpsError, match="values are complex numbers"):
+            frfx.invert(model, layer, policy=policy)(x, y)
+    assert frfx.invert(model, "first", policy="joint")(x, y).shape == (4, 8)

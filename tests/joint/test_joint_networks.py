@@ -349,3 +349,17 @@ def test_samples_that_depend_on_each_other_are_refused(mix, constraint):
         frfx.invert(model, "0", policy=policy)(x, y)
     frfx.invert(model, "3", policy=policy)(x, y)  # behind it they do not
     frfx.invert(model[3:], 0, policy=policy)(torch.randn(1, 6).double(), y[:1])
+
+
+def test_a_tail_without_a_derivative_is_named():
+    class Rounded(nn.Module):
+        def forward(self, x):
+            return x.round().detach()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), Rounded(), nn.Linear(6, 3)).eval()
+    x, y = torch.randn(3, 5), torch.tensor([1, 2, 0])
+    for constraint in ("inequality", "equality"):
+        inverse = frfx.invert(model, "0", policy=frfx.policy.joint(constraint=constraint))
+        with pytest.raises(frfx.UnsupportedOpsError, match="cannot be differentiated"):
+            inverse(x, y)

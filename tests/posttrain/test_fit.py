@@ -324,3 +324,30 @@ def test_accuracy_counts_in_evaluation_mode():
     y[0] = 5
     assert frfx.accuracy(model, [(x[:7], y[:7]), (x[7:], y[7:])]) == 17 / 18
     assert model.training
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5])
+def test_a_network_of_images_takes_a_loss_of_its_own(alpha):
+    """As probabilities of classes, pixels would be trained on without a complaint."""
+    torch.manual_seed(0)
+    layers = (
+        torch.nn.Conv2d(3, 4, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(4, 3, 3, padding=1),
+    )
+    model, images = torch.nn.Sequential(*layers).eval(), torch.rand(8, 3, 6, 6)
+    options = {"upto_layer": 1, "alpha": alpha, "epochs": 3, "policy": "minimal"}
+    with pytest.raises(frfx.TargetError, match="cross_entropy reads float labels"):
+        frfx.post_train(model, [(images, images)], **options)
+    history = frfx.post_train(
+        model, [(images, images)], **options, classification_loss=torch.nn.functional.mse_loss
+    )
+    assert history[-1].classification < history[0].classification
+
+
+def test_soft_labels_are_probabilities(model, digits):
+    """Smoothed or mixed ones, as they come."""
+    (x, y), *_ = digits.batches(50)
+    soft = 0.9 * torch.nn.functional.one_hot(y, 10).float() + 0.01
+    (record,) = frfx.post_train(model, [(x, soft)], upto_layer=1, alpha=0, epochs=1)
+    assert record.classification > 0
