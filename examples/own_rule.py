@@ -39,7 +39,8 @@ class Unrotate(Inversion):
 class WhitenRule(Rule):
     """The transpose of an orthogonal matrix is its inverse."""
 
-    equation = "exact"
+    equation = "x = Q^T y, the inverse of an orthogonal Q"
+    accuracy = "exact"
 
     def build(self, op: Op) -> Inversion:
         return Unrotate(op.module)

@@ -41,7 +41,7 @@ def invert(
             its activation and pooling; `a_l` is what the next one reads, L the logits, 0 the
             input), or the name of a node as torchvision's feature extraction spells it.
             `frfx.layers(model)` lists both.
-        policy: ``"paper"``, ``"minimal"``, or a value of `frfx.policy`.
+        policy: ``"paper"``, ``"minimal"``, ``"joint"``, or a value of `frfx.policy`.
         backend: What runs the inverse: ``"torch"``, on the device of the model; ``"cupy"``, which
             also applies the solvers of convolutions with CuPy, on its GPU; ``"auto"``, torch, and
             on a GPU, where CuPy is installed, kernels for what torch takes many for.
@@ -62,6 +62,7 @@ def invert(
         UnsupportedOpsError: If some ops on the way have no rule; names all of them.
         BackendError: If the backend cannot be had.
         PolicyError: If the policy names what does not exist.
+        InputError, NonFiniteError, TraceMismatchError: As a call does, if `example_input` is given.
     """
     check_model(model)
     array_library = get_backend(backend)

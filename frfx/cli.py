@@ -86,7 +86,9 @@ def invert(
     output: Annotated[
         Path | None, typer.Option(help="Write a* and a^ here: .safetensors or torch.save's.")
     ] = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw the first samples here.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw what moves most, and least, of the first batch here.")
+    ] = None,
 ) -> None:
     """Reconstruct a layer's feature from the labels of test images, and judge it."""
     with _errors():

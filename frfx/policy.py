@@ -42,6 +42,9 @@ class Policy:
             around it that has one input and one output through its whole Jacobian; ``"rules"``
             inverts op by op, and averages the answers for a feature that several ops read.
         trust_region: Bound on `||x* - x^|| / ||x^||` of every step and sample; None for none.
+
+    Raises:
+        PolicyError: If an option cannot have its value.
     """
 
     principle: str
@@ -78,7 +81,9 @@ class Policy:
             **options: Options for the rule there, such as `damping=1e-2`.
 
         Raises:
-            PolicyError: If not exactly one of `op` and `node` is given, or there is no such option.
+            PolicyError: If not exactly one of `op` and `node` is given, or an option does not exist
+                or cannot have its value. Whether the node exists is asked by `invert`.
+            RegistryError: If no op is spelled so.
         """
         if (op is None) == (node is None):
             raise PolicyError("name either an op or a node to override")
@@ -198,15 +203,20 @@ def paper(
     Args:
         label_margin: By how much the label wins after embedding; the paper's is 0, a tie.
         clamp_margin: How far targets stay from an end of a range that an activation does not
-            reach, relative to half the range. The paper names no value.
+            reach, relative to half the range; of a range with one end, to that end's distance
+            from 0, or absolute if that is 0; of softmax, to 1/K. The paper names no value.
         rcond: Singular values up to this share of the largest count as zero; None for the
             machine epsilon times the larger dimension.
-        damping: Tikhonov's parameter relative to the squared largest singular value; None for 0,
-            and for what the solver of a padded convolution finds necessary.
+        damping: Tikhonov's parameter relative to the squared largest singular value, for all;
+            None for what each rule finds necessary: 1e-2 for regions, for attention and products
+            with what they hold, and for padded convolutions that are ill-conditioned; else 0.
         branches: What is done where the network branches: ``"region"`` solves the smallest part
             around it that has one input and one output through its whole Jacobian; ``"rules"``
             inverts op by op, and averages the answers for a feature that several ops read.
         trust_region: Bound on `||x* - x^|| / ||x^||` of every step and sample; None for none.
+
+    Raises:
+        PolicyError: If an option cannot have its value.
     """
     options = {"label_margin": label_margin, "clamp_margin": clamp_margin, "rcond": rcond}
     if damping is not None:
@@ -228,15 +238,20 @@ def minimal(
     Args:
         margin: By how much the label wins after embedding, in units of the logits.
         clamp_margin: How far targets stay from an end of a range that an activation does not
-            reach, relative to half the range.
+            reach, relative to half the range; of a range with one end, to that end's distance
+            from 0, or absolute if that is 0; of softmax, to 1/K.
         rcond: Singular values up to this share of the largest count as zero; None for the
             machine epsilon times the larger dimension.
-        damping: Tikhonov's parameter relative to the squared largest singular value; None for 0,
-            and for what the solver of a padded convolution finds necessary.
+        damping: Tikhonov's parameter relative to the squared largest singular value, for all;
+            None for what each rule finds necessary: 1e-2 for regions, for attention and products
+            with what they hold, and for padded convolutions that are ill-conditioned; else 0.
         branches: What is done where the network branches: ``"region"`` solves the smallest part
             around it that has one input and one output through its whole Jacobian; ``"rules"``
             inverts op by op, and averages the answers for a feature that several ops read.
         trust_region: Bound on `||x* - x^|| / ||x^||` of every step and sample; None for none.
+
+    Raises:
+        PolicyError: If an option cannot have its value.
     """
     return replace(
         paper(
@@ -276,7 +291,8 @@ def joint(
         margin: By how much the label wins, in units of the logits. A hundredth of it may be missing
             where the label counts as reached.
         constraint: For labels: ``"inequality"`` lets every logit move as long as the label wins by
-            the margin; ``"equality"`` asks for the nearest embedding of the logits.
+            the margin; ``"equality"`` asks for the nearest embedding of the logits, and is what
+            dense labels (N, H, W) need.
         steps: How many linearisations at most.
         tolerance: A sample that has reached its target stops where a step would bring its deviation
             down by less than this share.
@@ -286,15 +302,21 @@ def joint(
         unreached: What to do about samples that have not reached their target after the last step:
             ``"warn"``, ``"raise"`` or ``"ignore"``. They come back as near to it as they came.
         start: A node on every path to the output: the ops behind it are inverted by their rules,
-            what lies before it jointly. None for all of it.
+            what lies before it jointly. These rules turn the label into a feature, a float target
+            for the rest: `constraint` and `classes` then play no role. None for all of it.
         regions: Nodes on every path to the output at which the joint part is cut: one region after
             the other meets the feature that the one behind it asks for.
         layerwise: Rules for the ops behind `start` and behind the logits; None for
-            `minimal(margin=margin)`.
+            `minimal(margin=margin)`. It bounds no steps: joint inversion has a limit of its own.
 
     Raises:
-        PolicyError: If an option is out of its range.
+        PolicyError: If an option is out of its range, or `layerwise` has a `trust_region`.
     """
+    if layerwise is not None and layerwise.trust_region is not None:
+        raise PolicyError(
+            f"layerwise has trust_region={layerwise.trust_region!r}: it would shorten what joint "
+            "inversion has found, and reports. Leave it out"
+        )
     options = JointOptions(
         steps=steps,
         margin=margin,

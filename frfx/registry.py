@@ -42,9 +42,10 @@ class Registry:
         self._rules[key] = factory
 
     def check_free(self, op_type: OpType, principle: str | None) -> None:
-        """Raise `RegistryError` if there is a rule for the op and principle."""
-        rule = self._rules.get((op_type, principle))
-        if rule is not None:
+        """Raise `RegistryError` if there is a rule for the op and principle, or any principle."""
+        principles = [p for o, p in self._rules if o is op_type and principle in (p, None)]
+        for principle in principles:  # that of one principle goes before that of all
+            rule = self._rules[op_type, principle]
             where = f"{op_type.name!r}" + (f" under {principle!r}" if principle else "")
             raise RegistryError(
                 f"there is a rule for {where} already: {_name(rule)}. "

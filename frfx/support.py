@@ -44,8 +44,9 @@ _REGIONS = """
 | [the whole tail](joint.md), `policy="joint"` | {joint} |
 
 Inside of both, ops need only a derivative: whatever torch can differentiate may be there.
-`@frfx.register_rule(function)(frfx.rules.RegionRule)` solves a single op without a rule of its own
-so, too. Nor is there a rule for
+`frfx.register_rule(function)(frfx.rules.RegionRule)` solves a single op without a rule of its own
+so, too; at one node, `policy.override(node=..., rule=frfx.rules.RegionRule())` does. Nor is there a
+rule for
 
 - a feature that several ops read: it takes the mean of their answers;
 - `getitem` of a tuple (of a chunk, a split, an attention): the walk puts the parts together, and

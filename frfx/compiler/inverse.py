@@ -146,6 +146,11 @@ class Inverse(fx.GraphModule):
     them; what is solved with (`A+`) counts as constant, and some steps give none (regions, joint
     inversion, attention by rules).
 
+    A call raises `InputError` and `TargetError` for arguments that do not fit, `NonFiniteError`
+    (names the first node), at an image size that is new `ModelError`, `TraceMismatchError` and
+    `UnsupportedOpsError`, and where the policy asks for it `ConvergenceError` and `UnreachedError`;
+    it warns with `ConditionWarning`, `ConvergenceWarning` and `UnreachedWarning`.
+
     Attributes:
         model: The network, as a view that shares the model's parameters.
         pooled: What pools in its place, without parameters, a child a node.
@@ -267,7 +272,7 @@ class Inverse(fx.GraphModule):
 
     @property
     def factor_memory(self) -> int:
-        """Bound in bytes on the factors kept for image sizes other than the last one used."""
+        """Bound in bytes on all factors, beyond which those of other image sizes go."""
         return self.prepare.factor_memory
 
     @factor_memory.setter

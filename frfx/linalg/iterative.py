@@ -16,7 +16,7 @@ from frfx.linalg.conjugate_gradients import (
     norms,
 )
 from frfx.linalg.linear_function import Map, linear_function
-from frfx.linalg.operators import Convolution, Matrix, Transposed
+from frfx.linalg.operators import Convolution, Matrix, Transposed, convolution_of
 from frfx.linalg.pseudo_inverse import (
     Factor,
     Spectrum,
@@ -136,10 +136,10 @@ class IterativeFactor(Factor):
             gradient = self.operator.rmv(missing) - self.shift * deviation
             size = norms(residual)
             worse = ~(norms(missing) <= size)
-            # Of a dual residual of this norm the normal equations have at most so much.
-            most = 2 * self.spectrum.largest / self.scale * size
-            left = left.maximum(norms(gradient) / torch.where(most > 0, most, 1.0))
-            left = torch.where(worse, 1.0, left)
+            # What a residual of that size leaves in the normal equations, at most.
+            most = 2 * self.spectrum.largest / self.scale * _copies(self.operator) ** 0.5 * size
+            seen = norms(gradient) / torch.where(most > 0, most, 1.0)
+            left = torch.where(worse, 1.0, left.maximum(seen.clamp(max=1.0)))
         self.convergence = Convergence(left, steps, left <= self.tolerance)
         return torch.where(by_sample(worse, deviation), 0.0, deviation)
 
@@ -150,6 +150,13 @@ class IterativeFactor(Factor):
 def _entries(operator: Matrix | Convolution | Transposed) -> Tensor:
     """Return the tensor that an operator is made of."""
     return operator.matrix if isinstance(operator, Matrix) else operator.kernel
+
+
+def _copies(operator: Matrix | Convolution | Transposed) -> int:
+    """Return how often padding copies an entry, at most: by as much the model may fall short."""
+    if isinstance(operator, Matrix) or convolution_of(operator).padding_mode == "zeros":
+        return 1
+    return math.prod(1 + sum(pair) for pair in convolution_of(operator).padding)
 
 
 def _scaled(

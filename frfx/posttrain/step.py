@@ -60,8 +60,10 @@ class PostTraining(nn.Module):
 
     Raises:
         LayerError: If the layers do not exist, are not in order, hold no parameter to train, or
-            share one with the frozen rest.
+            share one with the frozen rest, or the statistics of a norm.
         UnsupportedOpsError: If the frozen tail cannot be inverted.
+        TargetError: If alpha or `weighing` is none that there is.
+        ModelError, TraceError, PolicyError, BackendError: As `frfx.invert` does.
 
     Example:
         >>> with frfx.PostTraining(model, upto_layer=3, freeze_upto=1, alpha=0.1) as step:

@@ -92,6 +92,7 @@ def test_wide_operators_have_the_deviation_in_their_row_space(drawn, way, seed):
     operator = way(drawn)
     assume(math.prod(operator.out_shape) <= math.prod(operator.in_shape))
     matrix = matrix_of(operator)
+    assume(condition(matrix) < 1e6)  # else rounding moves what it does not see, too
     found = Iterative(max_steps=3).prepare(operator).solve(normal(seed, 2, *operator.out_shape))
     onto_rows = np.linalg.pinv(matrix, rcond=1e-12) @ matrix
     flat = found.flatten(1).numpy()
@@ -228,11 +229,10 @@ def mixed(operator, seed, count=6):
 def test_a_sample_gets_in_a_batch_what_it_gets_alone(drawn, way, seed):
     operator = way(drawn)
     residual = mixed(operator, seed)
-    factor = Iterative(tolerance=1e-3, max_steps=20).prepare(operator)
+    factor = Iterative(tolerance=1e-3, max_steps=5).prepare(operator)  # later, rounding speaks
     together = factor.solve(residual)
     convergence = factor.convergence
-    # Else rounding has the last word.
-    assume(convergence.converged.all() and np.linalg.cond(matrix_of(operator)) < 100)
+    assume(condition(matrix_of(operator)) < 100)
     for i, sample in enumerate(residual):
         alone = factor.solve(sample[None])[0]
         assert relative(together[i], alone) < 1e-6
