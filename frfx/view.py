@@ -59,20 +59,22 @@ def scratch_view(view: nn.Module, *, inplace: bool = False) -> nn.Module:
     return scratch
 
 
-def writable_view(view: nn.Module) -> nn.Module:
-    """Return a view with copies of what its calls may write to, as `written_to` then tells.
-
-    These are buffers (statistics, observers), and embeddings that are renormalised when read.
-    """
+def writable(view: nn.Module) -> list[Tensor]:
+    """Return what calls may write to: buffers, and embeddings that are renormalised when read."""
     bounded = [m for m in view.modules() if getattr(m, "max_norm", None) is not None]
     weights = [parameter for module in bounded for parameter in module.parameters(recurse=False)]
-    return evaluation_view(view, own=[*view.buffers(), *weights])
+    return [*view.buffers(), *weights]
 
 
-def written_to(writable: nn.Module, view: nn.Module) -> list[str]:
+def writable_view(view: nn.Module) -> nn.Module:
+    """Return a view with copies of what its calls may write to, as `written_to` then tells."""
+    return evaluation_view(view, own=writable(view))
+
+
+def written_to(copied: nn.Module, view: nn.Module) -> list[str]:
     """Return the names of the tensors that a view's writable view no longer has as they were."""
     before = dict[str, Tensor]([*view.named_buffers(), *view.named_parameters()])
-    now = [*writable.named_buffers(), *writable.named_parameters()]
+    now = [*copied.named_buffers(), *copied.named_parameters()]
     return [
         name
         for name, tensor in now

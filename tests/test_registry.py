@@ -410,6 +410,16 @@ def test_duplicate_needs_overwrite(spellings):
         assert summary[2].rule == "ElementwiseRule(relu)"
 
 
+def test_a_rule_for_all_would_not_be_used_where_principles_have_their_own():
+    before = state()
+    for op in (nn.ReLU, nn.MaxPool2d, torch.sin):
+        with pytest.raises(
+            frfx.RegistryError, match=r"there is a rule for '\w+' under '\w+' already"
+        ):
+            frfx.register_rule(op)(PassRule)
+    assert state() == before
+
+
 def test_overwriting_without_a_principle_serves_every_policy():
     frfx.register_rule(nn.ReLU, overwrite=True)(PassRule)
     for policy in ("paper", "minimal"):

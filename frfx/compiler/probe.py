@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from frfx.compiler.bind import live_nodes
 from frfx.compiler.trace import Traced
 from frfx.errors import InputError, ModelError, NonFiniteError
 from frfx.ops import Shape
-from frfx.view import writable_view, written_to
+from frfx.view import writable, writable_view, written_to
 
 _FX_NOTE = "\n\nWhile executing"
 """Where fx begins to add to an exception's message."""
@@ -47,10 +47,19 @@ def run_forward(traced: Traced, x: Tensor) -> Probed:
         ModelError: If the forward pass would write to the model's own tensors.
     """
     check_finite(x, "the input batch")
-    view = writable_view(traced.root)
     with torch.autocast(x.device.type, enabled=False):
-        probe = _Probe(replace(traced, root=view))
-        output = probe.run(x)
+        _check_writes(traced, x)
+        probe = _Probe(traced)
+        return Probed(probe.run(x), probe.shapes, probe.hooked, probe.sizes, probe.complex)
+
+
+def _check_writes(traced: Traced, x: Tensor) -> None:
+    """Raise `ModelError` if the forward pass would write to the model's tensors."""
+    if not writable(traced.root):
+        return
+    view = writable_view(traced.root)
+    with contextlib.suppress(Exception):  # whoever runs it in earnest tells of that
+        fx.Interpreter(view, graph=traced.graph).run(x)
     written = written_to(view, traced.root)
     if written:
         raise ModelError(
@@ -58,7 +67,6 @@ def run_forward(traced: Traced, x: Tensor) -> Probed:
             "as it was. Switch that off, as torch.ao.quantization.disable_observer and "
             "max_norm=None do, or normalise a batch by statistics that are not kept"
         )
-    return Probed(output, probe.shapes, probe.hooked, probe.sizes, probe.complex)
 
 
 class _Probe(fx.Interpreter):

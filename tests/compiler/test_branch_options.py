@@ -226,7 +226,7 @@ def test_what_a_region_rule_is_not_for():
 def test_a_region_that_nothing_flows_back_through():
     with pytest.raises(frfx.UnsupportedOpsError, match="nothing flows back") as caught:
         reconstruct(lambda x: x.detach() * x.detach(), normal(0, 4, 6), normal(1, 4, 6))
-    assert caught.value.ops[0].remedy == "policy.override(node='mul', branches='rules')"
+    assert caught.value.ops[0].remedy.endswith("branches='rules', or cut behind it")
 
 
 # --- the trust region ---

@@ -83,6 +83,11 @@ def test_layerwise_down_to_a_node():
     assert measured.residuals[-1].relative < 1e-3
 
 
+def test_a_trust_region_above_is_refused():
+    with pytest.raises(frfx.PolicyError, match=r"layerwise has trust_region=0\.3"):
+        frfx.policy.joint(layerwise=frfx.policy.minimal(trust_region=0.3))
+
+
 def test_layerwise_rules_may_be_chosen():
     policy = frfx.policy.joint(start="flatten", layerwise=frfx.policy.paper(damping=0.1))
     rows = frfx.invert(network(), 0, policy=policy).summary()
