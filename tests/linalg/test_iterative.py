@@ -152,9 +152,10 @@ def test_never_worse_than_no_deviation(solver, dtype, drawn, seed):
 def test_scale_does_not_matter(scale, size, dtype, drawn, way, seed):
     assume(condition(matrix_of(drawn)) < 20)
     operator = way(drawn)
-    plain = Iterative(tolerance=1e-4).prepare(operator.to(dtype))
+    solver = Iterative(tolerance=1e-4, max_steps=1000)
+    plain = solver.prepare(operator.to(dtype))
     conv = drawn.with_kernel(drawn.kernel * scale).to(dtype)
-    scaled = Iterative(tolerance=1e-4).prepare(way(conv))
+    scaled = solver.prepare(way(conv))
     residual = normal(seed, 2, *operator.out_shape)
     expected = plain.solve(residual.to(dtype)).double()
     found = scaled.solve((residual * size).to(dtype)).double()
@@ -176,7 +177,7 @@ def test_an_inconsistent_residual_is_projected(drawn, seed, extra):
     beyond = np.eye(len(matrix)) - matrix @ np.linalg.pinv(matrix)
     unreachable = residual.flatten(1).numpy() @ beyond
     worse = residual + 10 * torch.from_numpy(unreachable).view_as(residual)
-    factor = exact.prepare(operator)
+    factor = replace(exact, max_steps=3000).prepare(operator)
     assert relative(factor.solve(worse), factor.solve(residual)) < 1e-7
 
 
@@ -229,7 +230,7 @@ def mixed(operator, seed, count=6):
 def test_a_sample_gets_in_a_batch_what_it_gets_alone(drawn, way, seed):
     operator = way(drawn)
     residual = mixed(operator, seed)
-    factor = Iterative(tolerance=1e-3, max_steps=5).prepare(operator)  # later, rounding speaks
+    factor = Iterative(tolerance=1e-3, max_steps=3).prepare(operator)  # later, rounding speaks
     together = factor.solve(residual)
     convergence = factor.convergence
     assume(condition(matrix_of(operator)) < 100)
@@ -244,11 +245,11 @@ def test_the_same_in_single_precision(drawn, way, seed):
     operator = way(drawn).to(torch.float32)
     assume(condition(matrix_of(way(drawn))) < 20)
     residual = mixed(operator, seed)
-    factor = Iterative(tolerance=1e-4).prepare(operator)
+    factor = Iterative(tolerance=1e-4, max_steps=1000).prepare(operator)
     together = factor.solve(residual)
     alone = torch.cat([factor.solve(sample[None]) for sample in residual])
-    for i in range(len(residual)):  # each on the scale of its own
-        assert relative(together[i], alone[i]) < 1e-3
+    for i in range(len(residual)):  # each on the scale of its own; the condition times tolerance
+        assert relative(together[i], alone[i]) < 2 * 20 * 1e-4
 
 
 def test_samples_stop_each_at_its_own_step_and_leave_the_batch():
