@@ -310,8 +310,11 @@ class _Planner:
         seen = _with_shapes(op, node, inputs, self._shapes)
         reason = "no rule is registered for it" if rule is None else rule.supports(seen)
         if reason is not None:
-            end = _end_of_region(op, node, rule)
-            self._problems.append(_problem(seen, reason, rule, region_at=end))
+            problem = _problem(seen, reason, rule, region_at=_end_of_region(op, node, rule))
+            if self._policy.branches == "rules" and len({op.inputs[n] for n in op.free}) > 1:
+                whole = f'{problem.remedy}; or solve the branches as a region: branches="region"'
+                problem = replace(problem, remedy=whole)
+            self._problems.append(problem)
         names = op.free if rule is None or reason is not None else rule.reconstructs(op)
         reconstructed = tuple(self._by_name[op.inputs[name]] for name in names)
         self.answered.update(reconstructed)  # so that every problem is found

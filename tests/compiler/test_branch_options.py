@@ -229,6 +229,29 @@ def test_a_region_that_nothing_flows_back_through():
     assert caught.value.ops[0].remedy.endswith("branches='rules', or cut behind it")
 
 
+def test_ops_of_several_values_that_have_no_rule():
+    """One cell after the other: each reads what comes in, and what the one before it has left."""
+
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.cell, self.last = nn.Linear(4, 6), nn.GRUCell(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(self.cell(x[:, 3:], self.cell(x[:, :3])))
+
+    model, x, y = Cells().eval(), torch.randn(3, 4), torch.tensor([0, 1, 0])
+    with pytest.raises(frfx.UnsupportedOpsError) as caught:
+        frfx.invert(model, "first", policy=frfx.policy.minimal(branches="rules"))
+    assert any(
+        p.remedy.endswith('; or solve the branches as a region: branches="region"')
+        for p in caught.value.ops
+    )
+    assert frfx.invert(model, "first", policy="minimal")(x, y).shape == (3, 6)
+
+
 # --- the trust region ---
 
 
