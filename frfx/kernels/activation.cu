@@ -9,8 +9,8 @@ struct Limits {
   __device__ T operator()(T y) const { return y < low ? low : y > high ? high : y; }
 };
 
-// `reached`: whether the ends of the range are, so that the function is flat somewhere. There,
-// rounding of the target is no reason to move an entry far.
+// `flat`: whether the function is constant somewhere. There, rounding of the target is no reason to
+// move an entry far.
 
 template <typename T>
 __device__ bool is_rounding(T difference, T step) {
@@ -20,19 +20,19 @@ __device__ bool is_rounding(T difference, T step) {
 }
 
 struct Identity {
-  static constexpr bool reached = true;
+  static constexpr bool flat = true;
   template <typename T>
   static __device__ T nearest(T y, T) { return y; }
 };
 
 struct Tanh {
-  static constexpr bool reached = false;
+  static constexpr bool flat = false;
   template <typename T>
   static __device__ T nearest(T y, T) { return atanh(y); }
 };
 
 struct Sigmoid {
-  static constexpr bool reached = false;
+  static constexpr bool flat = false;
   template <typename T>
   static __device__ T nearest(T y, T) { return log(y / (1 - y)); }
 };
@@ -82,7 +82,7 @@ struct Mish {
 
 template <typename F>
 struct Dip {
-  static constexpr bool reached = true;
+  static constexpr bool flat = false;
   // Newton's steps between two points, bisecting where they leave.
   template <typename T>
   static __device__ T root(T y, T low, T high, bool rises) {
@@ -120,7 +120,7 @@ __global__ void preimage(const T* __restrict__ target, const T* __restrict__ out
   for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += all) {
     const T wanted = limit(target[i]), given = limit(output[i]), mine = x[i];
     const T found = F::nearest(wanted, mine);
-    const bool same = F::reached ? is_rounding(wanted - given, found - mine) : wanted == given;
+    const bool same = F::flat ? is_rounding(wanted - given, found - mine) : wanted == given;
     result[i] = same ? mine : found;
   }
 }

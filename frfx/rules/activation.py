@@ -43,6 +43,7 @@ class Elementwise:
         functor: `(**arguments)` to what computes the same in kernels/activation.cu, if any does.
         increases: Whether it is a bijection that increases, whatever its arguments, and so is what
             inverts it.
+        flat: Whether it is constant somewhere.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Elementwise:
     attained: bool = False
     functor: Callable[..., str] | None = None
     increases: bool = False
+    flat: bool = False
 
 
 class ElementwiseInversion(Inversion):
@@ -70,8 +72,8 @@ class ElementwiseInversion(Inversion):
         wanted = target.clamp(*self.limits)
         had = output.to(target.dtype).clamp(*self.limits)
         preimage = self.function.nearest(wanted, x, **self.arguments)
-        # Where the function is flat, rounding of the target is no reason to move an entry far.
-        rounding = torch.finfo(wanted.dtype).eps ** 0.75 if self.function.attained else 0.0
+        # There, rounding of the target is no reason to move an entry far.
+        rounding = torch.finfo(wanted.dtype).eps ** 0.75 if self.function.flat else 0.0
         return where_equal(wanted, had, x, preimage, rounding)
 
 
@@ -153,6 +155,7 @@ def _enter(
     overwrite: bool = False,
     functor: str | Callable[..., str] | None = None,
     increases: bool = False,
+    flat: bool = False,
 ) -> None:
     spellings = op if isinstance(op, tuple) else (op,)
     limits = range if callable(range) else functools.partial(_constant, range)
@@ -161,7 +164,7 @@ def _enter(
     name = (
         op.name if isinstance(op, OpType) else getattr(spellings[0], "__name__", str(spellings[0]))
     )
-    function = Elementwise(name, nearest, limits, attained, functor, increases)
+    function = Elementwise(name, nearest, limits, attained, functor, increases, flat)
     factory = functools.partial(ElementwiseRule, function)
     register_rule(*spellings, principle=principle, overwrite=overwrite)(factory)
 
@@ -235,12 +238,13 @@ _bijection(vocabulary.selu, preimage.selu, preimage.selu_range)
 _bijection(vocabulary.celu, preimage.celu, preimage.elu_range, increases=False)
 
 # Ranges whose ends are reached by whole intervals.
-_identity = functools.partial(_enter, nearest=preimage.identity, attained=True, functor="Identity")
+_flat = functools.partial(_enter, attained=True, flat=True)
+_identity = functools.partial(_flat, nearest=preimage.identity, functor="Identity")
 _identity(vocabulary.relu, range=(0, math.inf), principle="minimal")
 _identity(vocabulary.relu6, range=(0, 6))
 _identity(vocabulary.hardtanh, range=preimage.hardtanh_range)
 _identity(vocabulary.clamp, range=preimage.clamp_range)
-_enter(vocabulary.hardsigmoid, preimage.hardsigmoid, (0, 1), attained=True)
+_flat(vocabulary.hardsigmoid, preimage.hardsigmoid, (0, 1))
 
 # Several preimages.
 _enter(vocabulary.absolute, preimage.absolute, (0, math.inf), attained=True)
@@ -251,7 +255,7 @@ _dip = functools.partial(_enter, attained=True)
 _dip(vocabulary.silu, dip.silu, (dip.SILU.minimum, math.inf), functor="Dip<Silu>")
 _dip(vocabulary.gelu, dip.gelu, dip.gelu_range, functor=_gelu_functor)
 _dip(vocabulary.mish, dip.mish, (dip.MISH.minimum, math.inf), functor="Dip<Mish>")
-_enter(vocabulary.hardswish, preimage.hardswish, (-0.375, math.inf), attained=True)
+_flat(vocabulary.hardswish, preimage.hardswish, (-0.375, math.inf))
 
 
 @register_rule(vocabulary.relu, principle="paper")
