@@ -98,7 +98,7 @@ _NO_DERIVATIVE = (
     "not implemented",
     "does not require grad",
     "not have been used",
-    "does not support",
+    "does not support automatic differentiation",
 )
 """What torch says where it cannot differentiate."""
 

@@ -245,11 +245,11 @@ def test_the_same_in_single_precision(drawn, way, seed):
     operator = way(drawn).to(torch.float32)
     assume(condition(matrix_of(way(drawn))) < 20)
     residual = mixed(operator, seed)
-    factor = Iterative(tolerance=1e-4, max_steps=1000).prepare(operator)
+    factor = Iterative(tolerance=2e-5, max_steps=1000).prepare(operator)
     together = factor.solve(residual)
     alone = torch.cat([factor.solve(sample[None]) for sample in residual])
-    for i in range(len(residual)):  # each on the scale of its own; the condition times tolerance
-        assert relative(together[i], alone[i]) < 2 * 20 * 1e-4
+    for i in range(len(residual)):  # each on the scale of its own
+        assert relative(together[i], alone[i]) < 1e-3
 
 
 def test_samples_stop_each_at_its_own_step_and_leave_the_batch():
