@@ -81,6 +81,15 @@ class Sizes(NamedTuple):
         """How many numbers a line of half a spectrum takes in shared memory: an even count."""
         return self.half + self.half % 2
 
+    @property
+    def independent(self) -> int:
+        """How many frequencies of half a spectrum of a real image are no conjugates of others.
+
+        In the columns that are their own opposites, the lower half is the conjugate of the upper.
+        """
+        own_opposites = 2 if self.width % 2 == 0 else 1
+        return self.height * self.half - (self.height - 1) // 2 * own_opposites
+
     # How many results are made; the others are their pairs.
 
     @property
@@ -188,7 +197,7 @@ def arrange(
     steps = sizes.steps_back if back else sizes.steps_there
 
     def option(each: int) -> _Option:
-        carried = each * sizes.height * sizes.half, _CARRIED
+        carried = each * sizes.independent, _CARRIED
         return _Option(
             each, parts(images, each), memory(each), lambda tile: (*steps(each, tile), carried)
         )

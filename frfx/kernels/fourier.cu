@@ -45,6 +45,12 @@ struct Plane {
   __device__ int half() const { return width / 2 + 1; }
   __device__ int pitch() const { return half() + half() % 2; }
   __device__ int frequencies() const { return height * half(); }
+  // Of real images, the lower half of the columns v = 0 and v = width / 2 is the conjugate of the
+  // upper one. What a library multiplies are the others, line by line: `upper` whole lines, then
+  // lines of the `inner` columns.
+  __device__ int upper() const { return height / 2 + 1; }
+  __device__ int inner() const { return half() - (width % 2 == 0 ? 2 : 1); }
+  __device__ int independent() const { return upper() * half() + (height - upper()) * inner(); }
   // How many results of a column, and of a line there and back, are made; the others are their pairs:
   // u and u + height / 2, v and width / 2 - v, q and q + width / 2.
   __device__ int columns(int results) const {
@@ -337,7 +343,7 @@ struct Images {
   }
 };
 
-// The spectra of some images a block, frequencies first: (height, half, images).
+// The spectra of some images a block, frequencies first: (independent, images).
 template <typename T, int tile>
 __global__ void __launch_bounds__(384, 2)
     spectra(const T* __restrict__ source, const T* __restrict__ minus,
@@ -362,11 +368,15 @@ __global__ void __launch_bounds__(384, 2)
   if (block.image >= block.count) return;
   const Complex<T>* from = odd + block.image * plane.height * plane.pitch();
   Complex<T>* result = (Complex<T>*)result_ + block.start + block.image;
-  const Divider by_half(plane.half());
-  const int beyond = plane.pitch() - plane.half();
+  const int half = plane.half(), inner = plane.inner(), whole = plane.upper() * half;
+  const Divider by_half(half), by_inner(inner > 0 ? inner : 1);
 #pragma unroll 4
-  for (int f = block.first; f < plane.frequencies(); f += block.step)
-    result[f * images] = from[f + by_half(f) * beyond];
+  for (int f = block.first; f < plane.independent(); f += block.step) {
+    const int lower = f - whole, row = lower < 0 ? by_half(f) : by_inner(lower);
+    const int at = lower < 0 ? row * plane.pitch() + f - row * half
+                             : (plane.upper() + row) * plane.pitch() + 1 + lower - row * inner;
+    result[f * images] = from[at];
+  }
 }
 
 // The images of spectra, frequencies first, and the sum.
@@ -385,11 +395,18 @@ __global__ void __launch_bounds__(384, 2)
   if (block.image < block.count) {
     const Complex<T>* spectra = (const Complex<T>*)spectra_ + block.start + block.image;
     Complex<T>* to = even + block.image * plane.height * plane.pitch();
-    const Divider by_half(plane.half());
-    const int beyond = plane.pitch() - plane.half();
+    const int half = plane.half(), upper = plane.upper(), inner = plane.inner();
+    const Divider by_half(half);
 #pragma unroll 8
-    for (int f = block.first; f < plane.frequencies(); f += block.step)
-      to[f + by_half(f) * beyond] = spectra[f * images];
+    for (int f = block.first; f < plane.frequencies(); f += block.step) {
+      const int row = by_half(f), v = f - row * half;
+      const bool conjugate = row >= upper && (v == 0 || 2 * v == plane.width);
+      const int at = conjugate     ? (plane.height - row) * half + v
+                     : row < upper ? f
+                                   : upper * half + (row - upper) * inner + v - 1;
+      const Complex<T> value = spectra[at * images];
+      to[row * plane.pitch() + v] = {value.re, conjugate ? -value.im : value.im};
+    }
   }
   __syncthreads();
   along_columns<T, tile>(even, odd, block.count, plane.height, plane.result_h, plane,

@@ -191,15 +191,15 @@ class Kernels:
             minus: What is taken off it, if it is there.
 
         Returns:
-            Shape (F, images), complex.
+            Shape (F, images), complex, at the plane's independent frequencies.
         """
-        frequencies, images = plane.sizes.height * plane.sizes.half, len(source)
-        result = source.new_empty(frequencies, images, dtype=source.dtype.to_complex())
+        images = len(source)
+        result = source.new_empty(plane.sizes.independent, images, dtype=source.dtype.to_complex())
         self._transform("spectra", source, plane, images, source, minus, plane.tables, result)
         return result
 
     def images_of(self, plane: Plane, spectra: Tensor, plus: Tensor | None) -> Tensor:
-        """Return the images of half spectra (F, images), plus `plus` (images, h, w) if there is."""
+        """Return the images of spectra, as `spectra` has them, plus `plus` (images, h, w) if given."""
         images, size = spectra.shape[1], (plane.sizes.result_h, plane.sizes.result_w)
         result = spectra.new_empty(images, *size, dtype=spectra.dtype.to_real())
         self._transform("images_of", result, plane, images, spectra, plus, plane.tables, result)

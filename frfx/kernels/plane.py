@@ -39,6 +39,14 @@ class Plane:
         return cls(sizes, torch.cat([t.flatten() for t in tables]).to(like))
 
     @property
+    def frequencies(self) -> Tensor:
+        """The numbers of the independent frequencies among those of the half spectrum."""
+        height, width, half = self.sizes.height, self.sizes.width, self.sizes.half
+        kept = torch.ones(height, half, dtype=torch.bool)
+        kept[height // 2 + 1 :, :: width // 2 if width % 2 == 0 else half] = False
+        return kept.flatten().nonzero().flatten()
+
+    @property
     def nbytes(self) -> int:
         """The memory of the tables, in bytes."""
         return self.tables.nbytes

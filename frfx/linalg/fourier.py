@@ -118,11 +118,11 @@ class FourierMap:
         self._pointwise = by_torch and few and self.form == "fft"
         self._in_place = by_torch and self.form != "matrix" and not self.streams
         self._applied = apply if by_torch and self.streams and self.form == "fft" else None
-        if self.by_kernels is None or self.by_kernels.in_one is None:
+        if self.by_kernels is None or not self.by_kernels.has_matrices:
             self._make_ready()
 
     def _make_ready(self) -> None:
-        """Make what the form applies: a map that a kernel does in one seldom needs it."""
+        """Make what the form applies, which a map that kernels apply seldom needs."""
         if self._kept is not None or self.streams:
             return
         constant = self.backend.constant
@@ -292,13 +292,18 @@ class FourierMap:
         if not real:  # fast transforms back do not divide by the size of the grid
             torch.view_as_real(out).div_(math.prod(self.grid.size))
 
-    def chunks(self) -> Iterator[tuple[slice, Any]]:
-        """Yield the matrices, all at once if they are kept."""
+    def chunks(self, frequencies: Tensor | None = None) -> Iterator[tuple[slice, Any]]:
+        """Yield the matrices at frequencies, those of the form unless others are given.
+
+        All at once if they are kept.
+        """
         if not self.streams:
             yield slice(None), self._kept
             return
-        for part, frequencies in self._pieces(self.grid.frequencies(self.form)):
-            yield part, self.backend.constant(self.at(frequencies, self.form == "dft"))
+        if frequencies is None:
+            frequencies = self.grid.frequencies(self.form)
+        for part, some in self._pieces(frequencies):
+            yield part, self.backend.constant(self.at(some, self.form == "dft"))
 
     def _pieces(self, frequencies: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield the frequencies whose matrices are made at a time."""

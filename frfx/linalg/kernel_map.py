@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +41,7 @@ class KernelMap:
     def __init__(self, origin: FourierMap, kernels: Kernels, plane: Plane | None) -> None:
         self._map, self._kernels, self._plane = origin, kernels, plane
         self.in_one: CircularMap | None = None
+        self._kept: Tensor | None = None
         entries = math.prod(origin.grid.size) * origin.rows * origin.columns
         like = torch.empty(0, dtype=origin.dtype, device=origin.device)
         if plane is not None and entries in _IN_ONE and not origin.streams:
@@ -49,6 +51,10 @@ class KernelMap:
                 self.in_one = found
         if plane is not None and not kernels.fit(plane, like):
             self._plane = None
+        if self._plane is not None:
+            self._frequencies = origin.grid.frequencies()[self._plane.frequencies]
+            if self.in_one is None and self._frequencies_first and not origin.streams:
+                self._kept = origin.at(self._frequencies, real=False)
 
     @classmethod
     def of(cls, origin: FourierMap) -> KernelMap | None:
@@ -73,11 +79,17 @@ class KernelMap:
         return by_torch and (self._map.groups == 1 or (pointwise and self._plane is not None))
 
     @property
+    def has_matrices(self) -> bool:
+        """Whether the kernels have matrices of their own, so that the map's are seldom needed."""
+        return self.in_one is not None or self._kept is not None
+
+    @property
     def nbytes(self) -> int:
         """The memory that the kernels' own matrices and tables hold, in bytes."""
         if self.in_one is not None:
             return self.in_one.nbytes
-        return 0 if self._plane is None else self._plane.nbytes
+        held = 0 if self._plane is None else self._plane.nbytes
+        return held if self._kept is None else held + self._kept.nbytes
 
     def serve(self, *tensors: Tensor | None) -> bool:
         """Tell whether the kernels can take these tensors."""
@@ -126,8 +138,14 @@ class KernelMap:
         """Multiply (F, N * G * c) by the matrices: (F, N * G * c')."""
         if self._map.groups > 1:
             spectra = spectra.unflatten(1, (n, self._map.groups))
-            parts = [spectra[part] * m[:, :, 0, 0].mT[:, None] for part, m in self._map.chunks()]
+            parts = [spectra[part] * m[:, :, 0, 0].mT[:, None] for part, m in self._matrices()]
         else:
             spectra = spectra.view(-1, n, self._map.columns)
-            parts = [torch.bmm(spectra[part], m[0].mT) for part, m in self._map.chunks()]
+            parts = [torch.bmm(spectra[part], m[0].mT) for part, m in self._matrices()]
         return torch.cat(parts).flatten(1) if len(parts) > 1 else parts[0].flatten(1)
+
+    def _matrices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the matrices that spectra are multiplied by, all at once if they are kept."""
+        if self._kept is not None:
+            return iter([(slice(None), self._kept)])
+        return self._map.chunks(None if self._plane is None else self._frequencies)
