@@ -68,7 +68,7 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     feature = walk.target(plan.tail.cut)
     graph.output(graph.call_module("finish", (feature, cut)))
     forget_unused(graph)
-    pooled = pool_first(traced, graph, walk.copies)
+    pooled = pool_first(traced, graph, walk.copies, backend)
     shorter, merged = merge(graph, walk.copies, stages, inversions, traced.root)
     return Emitted(
         shorter, graph, pooled, merged, inversions, tuple(stages), cut.name, feature.name

@@ -1,10 +1,11 @@
 """Max pooling in the forward part of a reconstruction graph: in slices, before activations.
 
 torch pools contiguous images on a CPU entry by entry, for which the paper's networks pay a third of
-their forward pass; the largest of a few slices is found ten times as fast. And an increasing
-function commutes with the maximum: where nothing reads an activation but the pooling behind it,
-pooling first leaves it the fewer entries. Where nothing but these reads a convolution of few
-channels, it gives the rows of a window as channels.
+their forward pass; the largest of a few slices is found ten times as fast. On a GPU it writes where
+the largest are, too, which nobody reads; a kernel does not. And an increasing function commutes
+with the maximum: where nothing reads an activation but the pooling behind it, pooling first leaves
+it the fewer entries. Where nothing but these reads a convolution of few channels, it gives the rows
+of a window as channels.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from frfx.compiler.bind import bind, live_nodes, op_type
 from frfx.compiler.forward import add_child, call_of, forget_unused, is_hooked
 from frfx.compiler.rows import Rows, in_rows
 from frfx.compiler.trace import Traced
+from frfx.linalg.backend import Backend, torch_backend
 from frfx.ops import Op, Shape
 from frfx.recording import is_recorded
 from frfx.rules.axis import Axis, RegularAxis, highest
-from frfx.rules.max_pool import MaxPoolMinimalRule, geometry
+from frfx.rules.max_pool import MaxPoolMinimalRule, geometry, kernel_windows
 from frfx.rules.windows import WINDOW, spatial_dims, window_sizes
 
 INCREASING = frozenset(
@@ -56,7 +58,12 @@ class Pooling(nn.Module):
         activation: Calls the activation; None if it stays where it is.
         convolution: Calls the convolution; None if it stays where it is.
         rows: That convolution, giving the rows of a window; None if it stays where it is.
+
+    Attributes:
+        backend: What has kernels for it, if there are any.
     """
+
+    backend: Backend = torch_backend
 
     def __init__(
         self,
@@ -84,24 +91,30 @@ class Pooling(nn.Module):
         return pooled if activation is None else activation(pooled)
 
     def _pooled(self, x: Tensor, convolution: Callable | None) -> Tensor:
-        if self._rows is None or not self._rows.fit(x):
+        if self._by_kernel(x) or self._rows is None or not self._rows.fit(x):
             x = x if convolution is None else convolution(x)
-            return highest(x, self._axes(tuple(x.shape[2:])))
+            axes, kernels = self._axes(tuple(x.shape[2:])), self.backend.kernels_for(x)
+            windows = kernel_windows(axes) if kernels else None
+            return kernels.max_pool(x, *windows) if kernels and windows else highest(x, axes)
         x = functools.reduce(torch.maximum, self._rows(x).unbind(2))
         height, width = x.shape[2:]
         columns = self._axes((height * self._rows.rows, width))[1]
         return highest(x, (RegularAxis(height, height, 1, 1, 1, 0), columns))
 
     def _commutes(self, x: Tensor) -> bool:
-        """Tell whether slices are faster, and the order of the calls is nobody's business."""
+        """Tell whether it is faster, and the order of the calls is nobody's business."""
         weights = [] if self._rows is None else self._rows.op.tensors()
         return (
-            x.is_cpu
+            (x.is_cpu or self._by_kernel(x))
             and x.ndim == self._dims + 2
             and x.is_contiguous()  # channels last, torch pools fast
             and not is_recorded(x, *weights)
             and not any(map(is_hooked, self._calls))
         )
+
+    def _by_kernel(self, x: Tensor) -> bool:
+        """Tell whether a kernel pools, and not slices."""
+        return self._dims <= 2 and self.backend.kernels_for(x) is not None
 
     def _axes(self, size: Shape) -> tuple[Axis, ...]:
         counts = []
@@ -126,7 +139,9 @@ def _rows_of(op: Op) -> int:
     return kernel if simple else 1
 
 
-def pool_first(traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node]) -> nn.Module:
+def pool_first(
+    traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], backend: Backend
+) -> nn.Module:
     """Rewrite the max pooling in the forward part of a reconstruction graph.
 
     Args:
@@ -134,6 +149,7 @@ def pool_first(traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node
         graph: The reconstruction graph, without what nothing reads. Its pooling nodes call
             `pooled.<name>` afterwards, under the names that they have.
         copies: The forward nodes in that graph.
+        backend: What runs it.
 
     Returns:
         The children of `pooled`.
@@ -156,8 +172,9 @@ def pool_first(traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node
             if in_rows(before):
                 convolution, rows = call_of(source, traced.root), Rows(before, _rows_of(op))
                 source = source.all_input_nodes[0]
-        call = call_of(node, traced.root)
-        name = add_child(pooled, copy.name, Pooling(op, call, activation, convolution, rows))
+        pooling = Pooling(op, call_of(node, traced.root), activation, convolution, rows)
+        pooling.backend = backend
+        name = add_child(pooled, copy.name, pooling)
         copy.op, copy.target = "call_module", f"pooled.{name}"
         copy.args, copy.kwargs = (copies[source],), {}
     forget_unused(graph)  # what is called within

@@ -20,7 +20,8 @@ from frfx.compiler.stage import Shorter, Stage, Walk
 from frfx.recording import is_recorded
 from frfx.rules.activation import ElementwiseInversion
 from frfx.rules.base import Inversion
-from frfx.rules.max_pool import CopyToWindow, MinimalMaxUnpool
+from frfx.rules.max_pool import CopyToWindow, MinimalMaxUnpool, kernel_windows
+from frfx.rules.shape import PassThrough
 from frfx.rules.where import where
 
 Parts = tuple[Tensor, Tensor | None, Tensor | None]
@@ -59,7 +60,7 @@ class SwappedInversion(Inversion):
     def __init__(
         self,
         pool: CopyToWindow | MinimalMaxUnpool,
-        activation: ElementwiseInversion,
+        activation: ElementwiseInversion | PassThrough,
         call: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__()
@@ -68,17 +69,40 @@ class SwappedInversion(Inversion):
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor | None) -> Tensor:
         x, pooled, activated = inputs
         assert x is not None
-        pool, activation = self._parts
         if pooled is not None and not is_recorded(target, output, x):
-            answer = activation(target, output, pooled)
-            if type(pool) is not CopyToWindow or not self._at_an_end(target):
-                return pool(answer, pooled, x)
-            if self._bounded(target):
-                return self._between(target, answer, pooled, x)
+            answer = self._of_pooled(target, output, pooled, x)
+            if answer is not None:
+                return answer
         if activated is None:
             (call,) = self._call
             activated = without_hooks(call)(x)
+        pool, activation = self._parts
         return activation(pool(target, output, activated), activated, x)
+
+    def _of_pooled(
+        self, target: Tensor, output: Tensor, pooled: Tensor, x: Tensor
+    ) -> Tensor | None:
+        """Return the answer; None if what is pooled does not tell it."""
+        pool, activation = self._parts
+        axes = pool.axes(x, output)
+        if isinstance(activation, PassThrough):  # what no window reads would be the activation's
+            return pool(target, pooled, x) if all(axis.complete for axis in axes) else None
+        if type(pool) is not CopyToWindow:
+            return pool(activation(target, output, pooled), pooled, x)
+        kernels = pool.backend.kernels_for(target, output, pooled, x)
+        # A GPU is not asked: the host would wait for it.
+        if kernels is None and x.is_cpu and not self._at_an_end(target):
+            return pool(activation(target, output, pooled), pooled, x)
+        if not self._bounded(target):
+            return None
+        apart = all(axis.disjoint for axis in axes)
+        windows = kernel_windows(axes) if kernels and activation.functor and apart else None
+        if kernels and activation.functor and windows:
+            return kernels.unpool_preimages(
+                activation.functor, activation.limits, target, output, pooled, x, *windows,
+                complete=all(axis.complete for axis in axes),
+            )  # fmt: skip
+        return self._between(target, activation(target, output, pooled), pooled, x)
 
     def _at_an_end(self, target: Tensor) -> bool:
         """Tell whether a target is at an end of the range: it has more preimages than one."""
@@ -87,12 +111,16 @@ class SwappedInversion(Inversion):
 
     def _limits(self, target: Tensor) -> list[float]:
         """Return the ends of the range as targets of this type are limited to them."""
-        ends: list[float] = target.new_tensor(self._parts[1].limits).tolist()
+        _, activation = self._parts
+        assert isinstance(activation, ElementwiseInversion)
+        ends: list[float] = torch.tensor(activation.limits, dtype=target.dtype).tolist()
         return ends
 
     def _preimages(self, target: Tensor) -> list[float]:
         """Return what the ends of the range are inverted to."""
-        activation, ends = self._parts[1], target.new_tensor(self._limits(target))
+        _, activation = self._parts
+        assert isinstance(activation, ElementwiseInversion)
+        ends = torch.tensor(self._limits(target), dtype=target.dtype)
         found: Tensor = activation.function.nearest(ends, ends, **activation.arguments)
         return found.tolist()
 
@@ -116,14 +144,15 @@ def find(walk: Walk, stage: Stage) -> tuple[Stage, Stage] | None:
     op, pool = stage.step.op, walk.before(stage)
     if pool is None or pool.step.node is None or stage.step.node is None:
         return None
-    unpool = type(walk.inversion(pool))
-    inversion = walk.inversion(stage)
-    if (
-        unpool not in (CopyToWindow, MinimalMaxUnpool)
-        or type(inversion) is not ElementwiseInversion
-    ):
+    unpool, inversion = type(walk.inversion(pool)), walk.inversion(stage)
+    if unpool not in (CopyToWindow, MinimalMaxUnpool):
         return None  # a subclass may do something else
-    if pool.step.op.type is not vocabulary.max_pool or not inversion.function.increases:
+    if type(inversion) is PassThrough:
+        if unpool is not CopyToWindow:
+            return None
+    elif type(inversion) is not ElementwiseInversion or not inversion.function.increases:
+        return None
+    if pool.step.op.type is not vocabulary.max_pool:
         return None
     if op.type not in INCREASING:  # a policy may invert it as if it were another
         return None
@@ -144,7 +173,9 @@ def write(chain: Sequence[Stage], walk: Walk, shorter: Shorter) -> None:
     assert stage.step.node is not None
     call = call_of(stage.step.node, walk.root)
     op = pool.step.op
+    unpool, activation = walk.inversion(pool), walk.inversion(stage)
     forward = SwappedForward(op, call_of(pool.step.node, walk.root), call)
+    forward.backend = unpool.backend
     x, y = (shorter.copy(walk.copies[n]) for n in (stage.step.inputs[0], pool.step.node))
     with shorter.graph.inserting_before(y):
         both = shorter.graph.call_module(shorter.add_forward(op.name, forward), (x,))
@@ -152,9 +183,8 @@ def write(chain: Sequence[Stage], walk: Walk, shorter: Shorter) -> None:
             shorter.graph.call_function(operator.getitem, (both, i)) for i in range(3)
         )
     y.replace_all_uses_with(output)
-    unpool, activation = walk.inversion(pool), walk.inversion(stage)
     assert isinstance(unpool, CopyToWindow | MinimalMaxUnpool)
-    assert isinstance(activation, ElementwiseInversion)
+    assert isinstance(activation, ElementwiseInversion | PassThrough)
     target = shorter.copy(walk.nodes[pool.results[0]]).args[0]
     shorter.replace(
         walk.nodes[stage.results[0]], f"{op.name}_swapped",

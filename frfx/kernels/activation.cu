@@ -112,15 +112,18 @@ struct Dip {
 };
 
 template <typename T, typename F>
+__device__ T nearest_preimage(T target, T output, T x, Limits<T> limit) {
+  const T wanted = limit(target), given = limit(output), found = F::nearest(wanted, x);
+  const bool same = F::flat ? is_rounding(wanted - given, found - x) : wanted == given;
+  return same ? x : found;
+}
+
+template <typename T, typename F>
 __global__ void preimage(const T* __restrict__ target, const T* __restrict__ output,
                          const T* __restrict__ x, T* __restrict__ result, long long count,
                          double low, double high) {
   const Limits<T> limit = {T(low), T(high)};
   const long long all = (long long)gridDim.x * blockDim.x;
-  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += all) {
-    const T wanted = limit(target[i]), given = limit(output[i]), mine = x[i];
-    const T found = F::nearest(wanted, mine);
-    const bool same = F::flat ? is_rounding(wanted - given, found - mine) : wanted == given;
-    result[i] = same ? mine : found;
-  }
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += all)
+    result[i] = nearest_preimage<T, F>(target[i], output[i], x[i], limit);
 }

@@ -17,6 +17,9 @@ TYPES = {torch.float32: "float", torch.float64: "double"}
 _THREADS = 256
 _MOST_BLOCKS = 1 << 16
 
+_UNROLLED = 3
+"""Windows of up to so many entries along a dimension have kernels of their own."""
+
 _A_SHARE = 1 << 11
 """Entries of a sample that a block takes at least, where sums are made over samples, ..."""
 
@@ -42,6 +45,12 @@ class Windows(NamedTuple):
     stride: int
     padding: int
     dilation: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether they have no gaps and lie within the image."""
+        end = (self.outputs - 1) * self.stride + self.kernel
+        return self.dilation == 1 and self.padding == 0 and end <= self.size
 
 
 class Kernels:
@@ -127,6 +136,17 @@ class Kernels:
         )
         return result
 
+    def max_pool(self, x: Tensor, rows: Windows, columns: Windows) -> Tensor:
+        """Return the largest entries of the windows of images (N, C, *size)."""
+        count = (rows.outputs, columns.outputs)[4 - x.ndim :]
+        result = x.new_empty(*x.shape[:2], *count)
+        plain = all(w.plain and w.kernel == rows.kernel <= _UNROLLED for w in (rows, columns))
+        self._each(
+            f"max_pool<{{}}, {rows.kernel if plain else 0}>", result.numel(), x,
+            x, result, result.numel(), *rows, *columns,
+        )  # fmt: skip
+        return result
+
     def max_unpool(
         self, target: Tensor, x: Tensor, rows: Windows, columns: Windows, *, minimal: bool,
         disjoint: bool, complete: bool,
@@ -155,6 +175,31 @@ class Kernels:
         run(f"unpool_bounds<{{}}, {kind}>", x.numel(), target, x, bounds, result)
         if minimal:
             run("unpool_tops<{}>", target.numel(), target, x, bounds, result)
+        return result
+
+    def unpool_preimages(
+        self, functor: str, limits: tuple[float, float], target: Tensor, output: Tensor,
+        pooled: Tensor, x: Tensor, rows: Windows, columns: Windows, *, complete: bool,
+    ) -> Tensor:  # fmt: skip
+        """Return an image whose activation has the target as the maximum of every window.
+
+        Args:
+            functor: The activation, which increases, by its functor in activation.cu.
+            limits: The range that targets are limited to.
+            target: Shape (N, C, *count), as what follows.
+            output: What the activation is pooled to.
+            pooled: What the image is pooled to.
+            x: The image, (N, C, *size).
+            rows, columns: The windows along either dimension, which share no entry.
+            complete: Whether every entry is read by a window.
+        """
+        x = x.contiguous()
+        result = _like(x) if complete else x.clone()
+        self._each(
+            f"unpool_preimages<{{}}, {functor}>", target.numel(), x,
+            target, output, pooled, x, result, target.numel(), *map(float, limits),
+            *rows, *columns,
+        )  # fmt: skip
         return result
 
     def circular_map(
@@ -199,7 +244,7 @@ class Kernels:
         return result
 
     def images_of(self, plane: Plane, spectra: Tensor, plus: Tensor | None) -> Tensor:
-        """Return the images of spectra, as `spectra` has them, plus `plus` (images, h, w) if given."""
+        """Return the images of spectra, as `spectra` has them, plus `plus` (images, h, w)."""
         images, size = spectra.shape[1], (plane.sizes.result_h, plane.sizes.result_w)
         result = spectra.new_empty(images, *size, dtype=spectra.dtype.to_real())
         self._transform("images_of", result, plane, images, spectra, plus, plane.tables, result)

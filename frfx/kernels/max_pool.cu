@@ -1,4 +1,4 @@
-// Max pooling run backwards, for windows of one size at equal distances (Sec. 3.4 (b) and Eq. 4).
+// Max pooling, there and back, for windows of one size at equal distances (Sec. 3.4 (b) and Eq. 4).
 
 // Windows along one dimension: window j reads the entries j * stride - padding + o * dilation.
 struct Axis {
@@ -29,6 +29,34 @@ struct Axis {
 // Whether a value is below its bound, or NaN, which is to be seen.
 template <typename T>
 __device__ bool stays(T value, T bound) { return value < bound || value != value; }
+
+// The largest entries: a thread a window. `size` is that of square windows without gaps that lie
+// within the image; 0 is any other.
+template <typename T, int size>
+__global__ void max_pool(const T* __restrict__ x, T* __restrict__ result, long long windows,
+                         WINDOWS_PARAMETERS) {
+  const Axis rows = ROWS, columns = COLUMNS;
+  const long long all = (long long)gridDim.x * blockDim.x;
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < windows; i += all) {
+    const long long row = i / columns.count;
+    const int b = int(i - row * columns.count), a = int(row % rows.count);
+    const T* image = x + row / rows.count * rows.size * columns.size;
+    bool read = false;
+    T most = 0;
+#pragma unroll
+    for (int p = 0; p < (size ? size : rows.kernel); ++p)
+#pragma unroll
+      for (int q = 0; q < (size ? size : columns.kernel); ++q) {
+        const int r = size ? a * rows.stride + p : rows.entry(a, p);
+        const int c = size ? b * columns.stride + q : columns.entry(b, q);
+        if (!size && (r < 0 || c < 0)) continue;
+        const T value = image[(long long)r * columns.size + c];
+        if (!read || value > most || value != value) most = value;
+        read = true;
+      }
+    result[i] = most;
+  }
+}
 
 // Windows that share no entry: a thread a window. What no window reads is not written.
 template <typename T, bool minimal>
@@ -120,5 +148,38 @@ __global__ void unpool_tops(const T* target, const T* x, const T* bounds, T* res
         }
       }
     if (first >= 0) result[first] = wanted;
+  }
+}
+
+// Windows that share no entry, behind an activation that increases: the preimage of the target for
+// what is pooled, copied. A target at an end of the range has all that lies beyond its preimage for
+// preimages, too. What no window reads is not written.
+template <typename T, typename F>
+__global__ void unpool_preimages(const T* __restrict__ target, const T* __restrict__ output,
+                                 const T* __restrict__ pooled, const T* __restrict__ x,
+                                 T* __restrict__ result, long long windows, double low, double high,
+                                 WINDOWS_PARAMETERS) {
+  const Axis rows = ROWS, columns = COLUMNS;
+  const Limits<T> limit = {T(low), T(high)};
+  const long long all = (long long)gridDim.x * blockDim.x;
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < windows; i += all) {
+    const long long row = i / columns.count;
+    const int b = int(i - row * columns.count), a = int(row % rows.count);
+    const long long start = row / rows.count * rows.size * columns.size;
+    const T wanted = target[i];
+    T found = nearest_preimage<T, F>(wanted, output[i], pooled[i], limit);
+    const bool above = wanted >= limit.high, below = !above && wanted <= limit.low;
+    if (above || below) {
+      const T end = F::nearest(above ? limit.high : limit.low, found);
+      if (above ? end < found : end > found) found = end;
+    }
+    for (int p = 0; p < rows.kernel; ++p)
+      for (int q = 0; q < columns.kernel; ++q) {
+        const int r = rows.entry(a, p), c = columns.entry(b, q);
+        if (r < 0 || c < 0) continue;
+        const long long at = start + (long long)r * columns.size + c;
+        const bool beyond = (above && x[at] > found) || (below && x[at] < found);
+        result[at] = beyond ? x[at] : found;
+      }
   }
 }

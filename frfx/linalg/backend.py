@@ -47,6 +47,10 @@ class Backend(abc.ABC):
     def __reduce__(self) -> tuple[Any, ...]:
         return get_backend, (self.name,)
 
+    def kernels_for(self, *tensors: Tensor) -> Kernels | None:
+        """Return the kernels if there are any and they can take these tensors."""
+        return self.kernels if self.kernels and self.kernels.serve(*tensors) else None
+
     @abc.abstractmethod
     def constant(self, tensor: Tensor) -> Any:
         """Return a tensor that is kept, as an array of the library."""

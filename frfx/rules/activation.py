@@ -66,8 +66,8 @@ class ElementwiseInversion(Inversion):
 
     def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        kernels = self.backend.kernels
-        if kernels is not None and self.functor and kernels.serve(target, output, x):
+        kernels = self.backend.kernels_for(target, output, x)
+        if kernels and self.functor:
             return kernels.preimage(self.functor, target, output, x, self.limits)
         wanted = target.clamp(*self.limits)
         had = output.to(target.dtype).clamp(*self.limits)

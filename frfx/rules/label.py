@@ -190,9 +190,9 @@ class NearestEmbedding(Embedding):
         super().__init__(_nearest_embedding, dim, margin=margin)
 
     def _embedded(self, logits: Tensor, labels: Tensor) -> Tensor:
-        kernels = self.backend.kernels
+        kernels = self.backend.kernels_for(logits)
         last, margin = self.dim in (-1, logits.ndim - 1), self.options["margin"]
-        if kernels is not None and last and margin >= 0 and kernels.serve(logits):
+        if kernels and last and margin >= 0:
             return kernels.nearest_embedding(logits, labels, margin)
         return super()._embedded(logits, labels)
 

@@ -61,23 +61,27 @@ class MaxPoolInversion(Inversion):
         self, target: Tensor, x: Tensor, axes: tuple[Axis, ...], *, minimal: bool
     ) -> Tensor | None:
         """Return the image from one kernel; None if there is none for these windows and tensors."""
-        kernels = self.backend.kernels
-        if kernels is None or not kernels.serve(target, x) or x[0, 0].numel() >= 1 << 31:
+        kernels = self.backend.kernels_for(target, x)
+        windows = kernel_windows(axes) if kernels else None
+        if kernels is None or windows is None:
             return None
-        windows = [_windows(axis) for axis in axes if isinstance(axis, RegularAxis)]
-        if len(windows) < len(axes) or len(windows) > 2:
-            return None
-        rows = windows[0] if len(windows) == 2 else Windows(1, 1, 1, 1, 0, 1)
         return kernels.max_unpool(
-            target, x, rows, windows[-1], minimal=minimal,
+            target, x, *windows, minimal=minimal,
             disjoint=all(axis.disjoint for axis in axes),
             complete=all(axis.complete for axis in axes),
         )  # fmt: skip
 
 
-def _windows(axis: RegularAxis) -> Windows:
-    """Return the windows as the kernels take them."""
-    return Windows(axis.size, axis.count, axis.kernel, axis.stride, axis.padding, axis.dilation)
+def kernel_windows(axes: tuple[Axis, ...]) -> tuple[Windows, Windows] | None:
+    """Return the windows as the kernels take them, of rows and of columns; None if they cannot."""
+    windows = [
+        Windows(axis.size, axis.count, axis.kernel, axis.stride, axis.padding, axis.dilation)
+        for axis in axes
+        if isinstance(axis, RegularAxis)
+    ]
+    if len(windows) < len(axes) or len(windows) > 2 or math.prod(a.size for a in axes) >= 1 << 31:
+        return None
+    return (windows[0] if len(windows) == 2 else Windows(1, 1, 1, 1, 0, 1)), windows[-1]
 
 
 class CopyToWindow(MaxPoolInversion):

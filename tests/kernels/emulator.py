@@ -33,7 +33,9 @@ TEMPLATES = (
     "unpool_tops<{type}>",
     *(f"{name}<{{type}}, {minimal}>" for name in ("unpool_bounds", "unpool_tiles")
       for minimal in ("true", "false")),
+    *(f"max_pool<{{type}}, {size}>" for size in range(4)),
     *(f"preimage<{{type}}, {functor}>" for functor in FUNCTORS),
+    *(f"unpool_preimages<{{type}}, {functor}>" for functor in ("Tanh", "Sigmoid")),
 )  # fmt: skip
 INSTANCES = tuple(t.format(type=kind) for kind in TYPES.values() for t in TEMPLATES)
 

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import frfx
 from frfx import networks
+from frfx.compiler.swap import SwappedInversion
 from frfx.linalg import Convolution, Solver, fourier, kernel_map
 from frfx.linalg.backend import TorchBackend, torch_backend
 from frfx.linalg.conjugate_gradients import conjugate_gradients
@@ -400,6 +401,65 @@ def test_max_unpool(policy, values, dtype, drawn, seed):
     assert bool(launcher.launched) == (len(size) <= 2)
 
 
+@DTYPES
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
+@given(drawn=pools(), nan=st.booleans(), seed=seeds)
+def test_max_pool(dtype, drawn, nan, seed):
+    pool, size = drawn
+    launcher = EmulatedLauncher()
+    model = nn.Sequential(nn.Identity(), nn.Tanh(), pool, nn.Flatten(), nn.LazyLinear(3))
+    x = normal(seed, 2, 3, *size)
+    model.double()(x)
+    pooling = frfx.invert(model, "4").pooled._2  # the forward part alone
+    pooling.backend = TorchBackend(Kernels(launcher))
+    x = x.to(dtype)
+    if nan:
+        x.view(-1)[seed % x.numel()] = math.nan
+    with torch.no_grad():
+        torch.testing.assert_close(pooling(x), torch.tanh(pool(x)), equal_nan=True)
+    assert bool(launcher.launched) == (len(size) <= 2)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["Tanh", "Sigmoid"])
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@given(drawn=pools(), seed=seeds, spread=st.sampled_from([0.5, 12.0]))
+def test_pooled_preimages_are_those_in_turn(name, dtype, drawn, seed, spread):
+    """Targets lie beyond either end of the range, at it, at the forward value and between."""
+    pool, size = drawn
+    function, launcher = getattr(nn, name)(), EmulatedLauncher()
+    model = nn.Sequential(nn.Identity(), function, pool, nn.Flatten(), nn.LazyLinear(3))
+    x = spread * normal(seed, 2, 3, *size)
+    model.double()(x)
+    inverse = frfx.invert(model, "0").inverse
+    swap = next(m for m in inverse.children() if isinstance(m, SwappedInversion))
+    for inversion in swap._parts:
+        inversion.backend = TorchBackend(Kernels(launcher))
+    x = x.to(dtype)
+    pooled = pool(x)
+    output, wanted = function(pooled), 2 * normal(seed + 1, *pooled.shape).to(dtype)
+    wanted = torch.where(torch.arange(wanted.numel()).view(wanted.shape) % 5 == 0, output, wanted)
+    ends = torch.tensor(swap._parts[1].limits, dtype=dtype)
+    wanted.view(-1)[: 2 * (seed % 2) : 1] = ends[: 2 * (seed % 2)][: wanted.numel()]
+    found = swap(wanted, output, x, pooled, None)
+    launched = {name.partition("<")[0] for name in launcher.launched}
+    for inversion in swap._parts:
+        inversion.backend = torch_backend
+    in_turn = swap(wanted, output, x, None, function(x))
+    rounding = 2e-3 if dtype == torch.float32 else 1e-9  # of the preimage of what is near an end
+    torch.testing.assert_close(found, in_turn, rtol=rounding, atol=rounding)
+    extents = zip(*(_several(getattr(pool, n), len(size)) for n in GEOMETRY), strict=True)
+    if len(size) <= 2 and all(d * (k - 1) < s for k, d, s in extents):
+        assert launched == {"unpool_preimages"}
+
+
+GEOMETRY = ("kernel_size", "dilation", "stride")
+
+
+def _several(value, dims: int) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,) * dims
+
+
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1)], ids=str)
 def test_pooled_values_that_are_not_numbers_are_seen(pool, backend):
     x = normal(0, 1, 1, 6, 6)
@@ -451,12 +511,14 @@ def test_a_network(name, policy, backend, launcher):
     x, y = torch.randn(2, *networks.NETWORKS[name].input_shape), torch.tensor([3, 1])
     expected = frfx.invert(model, 0, policy=policy)(x, y)
     inverse = frfx.invert(model, 0, policy=policy)
-    for inversion in inverse.inverse.children():
-        inversion.backend = backend
+    for part in (inverse.inverse, inverse.merged, inverse.pooled):
+        for child in part.children():
+            child.backend = backend
     with torch.no_grad():
         assert relative(inverse(x, y), expected) < 1e-4
     used = {name.partition("<")[0] for name in launcher.launched}
-    assert used == {"nearest_embedding", "preimage", "unpool_tiles", "circular_map"}
+    unpool = "unpool_preimages" if policy == "paper" else "unpool_tiles"
+    assert used == {"nearest_embedding", "preimage", "max_pool", unpool, "circular_map"}
     launcher.launched.clear()
     gradient = inverse(x.requires_grad_(), y)
     assert gradient.requires_grad
