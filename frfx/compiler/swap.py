@@ -17,9 +17,11 @@ from frfx import vocabulary
 from frfx.compiler.forward import call_of, without_hooks
 from frfx.compiler.pooling import INCREASING, Pooling, windows
 from frfx.compiler.stage import Shorter, Stage, Walk
+from frfx.linalg.copies import Copies
 from frfx.recording import is_recorded
 from frfx.rules.activation import ElementwiseInversion
-from frfx.rules.base import Inversion
+from frfx.rules.axis import Axis, RegularAxis
+from frfx.rules.base import AffineInversion, Inversion
 from frfx.rules.max_pool import CopyToWindow, MinimalMaxUnpool, kernel_windows
 from frfx.rules.shape import PassThrough
 from frfx.rules.where import where
@@ -55,6 +57,7 @@ class SwappedInversion(Inversion):
         pool: The inversion of pooling.
         activation: That of the activation.
         call: Calls the activation.
+        as_copies: Whether what reads the answer takes an image that is not written out.
     """
 
     def __init__(
@@ -62,11 +65,15 @@ class SwappedInversion(Inversion):
         pool: CopyToWindow | MinimalMaxUnpool,
         activation: ElementwiseInversion | PassThrough,
         call: Callable[[Tensor], Tensor],
+        as_copies: bool,
     ) -> None:
         super().__init__()
         self._parts, self._call = (pool, activation), (call,)  # in tuples: registered elsewhere
+        self._as_copies = as_copies
 
-    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor | None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, target: Tensor, output: Tensor, *inputs: Tensor | None
+    ) -> Tensor | Copies:
         x, pooled, activated = inputs
         assert x is not None
         if pooled is not None and not is_recorded(target, output, x):
@@ -81,11 +88,14 @@ class SwappedInversion(Inversion):
 
     def _of_pooled(
         self, target: Tensor, output: Tensor, pooled: Tensor, x: Tensor
-    ) -> Tensor | None:
+    ) -> Tensor | Copies | None:
         """Return the answer; None if what is pooled does not tell it."""
         pool, activation = self._parts
         axes = pool.axes(x, output)
-        if isinstance(activation, PassThrough):  # what no window reads would be the activation's
+        if isinstance(activation, PassThrough):
+            if self._as_copies and all(map(_is_tiled, axes)) and pool.backend.kernels_for(target):
+                return Copies(target, tuple(axis.kernel for axis in axes))
+            # What no window reads would be the activation's value.
             return pool(target, pooled, x) if all(axis.complete for axis in axes) else None
         if type(pool) is not CopyToWindow:
             return pool(activation(target, output, pooled), pooled, x)
@@ -188,5 +198,24 @@ def write(chain: Sequence[Stage], walk: Walk, shorter: Shorter) -> None:
     target = shorter.copy(walk.nodes[pool.results[0]]).args[0]
     shorter.replace(
         walk.nodes[stage.results[0]], f"{op.name}_swapped",
-        SwappedInversion(unpool, activation, call), target, output, x, pooled, activated,
+        SwappedInversion(unpool, activation, call, _is_solved_for(stage, walk)),
+        target, output, x, pooled, activated,
     )  # fmt: skip
+
+
+def _is_tiled(axis: Axis) -> bool:
+    """Tell whether the windows are tiles of the image."""
+    plain = isinstance(axis, RegularAxis) and axis.padding == 0 and axis.disjoint
+    return plain and axis.complete and axis.count * axis.kernel == axis.size
+
+
+def _is_solved_for(stage: Stage, walk: Walk) -> bool:
+    """Tell whether a convolution that is solved is all that reads the answer of a stage."""
+    readers = [walk.stages.get(str(user.target)) for user in walk.nodes[stage.results[0]].users]
+    return (
+        len(readers) == 1
+        and readers[0] is not None
+        and readers[0].target == stage.results[0]
+        and readers[0].step.op.type is vocabulary.conv
+        and type(walk.inversion(readers[0])) is AffineInversion
+    )

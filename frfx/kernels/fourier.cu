@@ -82,21 +82,24 @@ struct Tables {
 };
 
 // The residual of some lines, transposed: (source_w, quads of lines, 4), an odd number of quads, so
-// that neighbours in a line do not meet in a bank.
+// that neighbours in a line do not meet in a bank. The source may be copies: then it has one number
+// for a tile of `down` by `across` entries, which all have it.
 template <typename T>
 __device__ void load_residual(const T* __restrict__ source, const T* __restrict__ minus,
-                              T* residual, int lines, int source_w) {
+                              T* residual, int lines, int source_w, int down, int across) {
   Neighbours<T, 4>* to = (Neighbours<T, 4>*)residual;
-  const int step = quads(lines) | 1;
-  const Divider by_width(source_w);
+  const int step = quads(lines) | 1, tiles_w = source_w / across;
+  const bool copies = down * across > 1;
+  const Divider by_width(source_w), by_down(down), by_across(across);
 #pragma unroll 2
   for (int i = threadIdx.x; i < quads(lines) * source_w; i += blockDim.x) {
-    const int quad = by_width(i), at = i - quad * source_w;
+    const int quad = by_width(i), at = i - quad * source_w, tile = copies ? by_across(at) : 0;
     Neighbours<T, 4> values;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int from = (4 * quad + k) * source_w + at;
-      values.of[k] = 4 * quad + k < lines ? source[from] - (minus ? minus[from] : T(0)) : T(0);
+      const int line = 4 * quad + k, from = line * source_w + at;
+      const int one = copies ? by_down(line) * tiles_w + tile : from;
+      values.of[k] = line < lines ? source[one] - (minus ? minus[from] : T(0)) : T(0);
     }
     to[at * step + quad] = values;
   }
@@ -281,7 +284,8 @@ __global__ void __launch_bounds__(384, 2)
     circular_map(const T* __restrict__ source, const T* __restrict__ minus,
                  const T* __restrict__ plus, const T* __restrict__ matrices_,
                  const T* __restrict__ tables_, T* __restrict__ result, long long groups,
-                 long long rows_, long long columns_, PLANE_PARAMETERS, long long first) {
+                 long long rows_, long long columns_, PLANE_PARAMETERS, long long first,
+                 long long down, long long across) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Plane plane = PLANE;
   const Tables<T> tables(tables_, plane);
@@ -292,7 +296,8 @@ __global__ void __launch_bounds__(384, 2)
 
   const long long sample = blockIdx.x;  // of a group
   const long long there = sample * lines * plane.source_w;
-  load_residual(source + there, minus ? minus + there : nullptr, (T*)odd, lines, plane.source_w);
+  load_residual(source + there / (down * across), minus ? minus + there : nullptr, (T*)odd, lines,
+                plane.source_w, int(down), int(across));
   __syncthreads();
   rows_there<T, tile>((const T*)odd, even, lines, plane, tables.rows_there);
   __syncthreads();
@@ -348,7 +353,8 @@ template <typename T, int tile>
 __global__ void __launch_bounds__(384, 2)
     spectra(const T* __restrict__ source, const T* __restrict__ minus,
             const T* __restrict__ tables_, T* __restrict__ result_, long long images,
-            long long a_block, PLANE_PARAMETERS, long long first) {
+            long long a_block, PLANE_PARAMETERS, long long first, long long down,
+            long long across) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Plane plane = PLANE;
   const Tables<T> tables(tables_, plane);
@@ -358,7 +364,8 @@ __global__ void __launch_bounds__(384, 2)
   Complex<T>* odd = even + first;
 
   const long long there = block.start * plane.source_h * plane.source_w;
-  load_residual(source + there, minus ? minus + there : nullptr, (T*)odd, lines, plane.source_w);
+  load_residual(source + there / (down * across), minus ? minus + there : nullptr, (T*)odd, lines,
+                plane.source_w, int(down), int(across));
   __syncthreads();
   rows_there<T, tile>((const T*)odd, even, lines, plane, tables.rows_there);
   __syncthreads();

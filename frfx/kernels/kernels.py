@@ -203,8 +203,9 @@ class Kernels:
         return result
 
     def circular_map(
-        self, circular: CircularMap, source: Tensor, minus: Tensor | None, plus: Tensor | None
-    ) -> Tensor:
+        self, circular: CircularMap, source: Tensor, minus: Tensor | None, plus: Tensor | None,
+        tile: tuple[int, int] = (1, 1),
+    ) -> Tensor:  # fmt: skip
         """Return `plus + map(source - minus)`, without what is None.
 
         Args:
@@ -212,6 +213,7 @@ class Kernels:
             source: Shape (N, G, c, ...), as `minus`; the sizes are the map's.
             minus: What is taken off it.
             plus: Shape (N, G, c', ...).
+            tile: Rows and columns of the tiles whose entries the source holds once.
         """
         plane, sizes = circular.plane, circular.plane.sizes
         groups, rows, columns, *_ = circular.matrices.shape
@@ -223,24 +225,29 @@ class Kernels:
         self._run(
             f"circular_map<{{}}, {way.tile}>", source, n * groups, way.threads,
             source, minus, plus, circular.matrices, plane.tables, result,
-            groups, rows, columns, *sizes, way.even, shared=way.bytes_of(source),
+            groups, rows, columns, *sizes, way.even, *tile, shared=way.bytes_of(source),
         )  # fmt: skip
         return result
 
-    def spectra(self, plane: Plane, source: Tensor, minus: Tensor | None) -> Tensor:
+    def spectra(
+        self, plane: Plane, source: Tensor, minus: Tensor | None, tile: tuple[int, int] = (1, 1)
+    ) -> Tensor:
         """Return the half spectra of `source - minus`, frequencies first.
 
         Args:
             plane: The grid.
             source: Shape (images, h, w), the plane's source; as `minus`.
             minus: What is taken off it, if it is there.
+            tile: Rows and columns of the tiles whose entries the source holds once.
 
         Returns:
             Shape (F, images), complex, at the plane's independent frequencies.
         """
         images = len(source)
         result = source.new_empty(plane.sizes.independent, images, dtype=source.dtype.to_complex())
-        self._transform("spectra", source, plane, images, source, minus, plane.tables, result)
+        self._transform(
+            "spectra", source, plane, images, source, minus, plane.tables, result, last=tile
+        )
         return result
 
     def images_of(self, plane: Plane, spectra: Tensor, plus: Tensor | None) -> Tensor:
@@ -251,13 +258,14 @@ class Kernels:
         return result
 
     def _transform(
-        self, name: str, like: Tensor, plane: Plane, images: int, *tensors: Tensor | None
-    ) -> None:
+        self, name: str, like: Tensor, plane: Plane, images: int, *tensors: Tensor | None,
+        last: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
         way = self._arrange(plane, images, like, name == "images_of")
         assert way is not None
         self._run(
             f"{name}<{{}}, {way.tile}>", like, -(-images // way.images), way.threads,
-            *tensors, images, way.images, *plane.sizes, way.even, shared=way.bytes_of(like),
+            *tensors, images, way.images, *plane.sizes, way.even, *last, shared=way.bytes_of(like),
         )  # fmt: skip
 
     def transpose(self, matrix: Tensor) -> Tensor:

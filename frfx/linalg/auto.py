@@ -10,13 +10,14 @@ from torch import Tensor
 
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.conjugate_gradients import Convergence
+from frfx.linalg.copies import Copies, written_out
 from frfx.linalg.dense import Dense, write_out, written_out_bytes
 from frfx.linalg.iterative import MAX_STEPS, TOLERANCE, Iterative, IterativeFactor
 from frfx.linalg.operators import Convolution, Diagonal, Matrix, Transposed, convolution_of
 from frfx.linalg.polyphase import Polyphase
 from frfx.linalg.pseudo_inverse import Factor, Spectrum, singular_values
 from frfx.linalg.separable import Separable
-from frfx.linalg.spectral import FACTOR_MEMORY, Spectral
+from frfx.linalg.spectral import FACTOR_MEMORY, Spectral, SpectralFactor
 
 Operator: TypeAlias = Matrix | Diagonal | Separable | Convolution | Transposed
 
@@ -69,9 +70,11 @@ class Choice(Factor):
         """Return the solution of `operator(d) = residual`."""
         return self.factor.solve(residual)
 
-    def correct(self, x: Tensor, target: Tensor, output: Tensor) -> Tensor:
+    def correct(self, x: Tensor, target: Tensor | Copies, output: Tensor) -> Tensor:
         """Return `x + solve(target - output)`."""
-        return self.factor.correct(x, target, output)
+        if isinstance(self.factor, SpectralFactor):
+            return self.factor.correct(x, target, output)
+        return self.factor.correct(x, written_out(target), output)
 
     @property
     def nbytes(self) -> int:

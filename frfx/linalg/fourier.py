@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from frfx.linalg.backend import Backend, Namespace, TorchBackend, torch_backend
+from frfx.linalg.copies import Copies, written_out
 from frfx.linalg.dft import Dft
 from frfx.linalg.form import (
     Form,
@@ -155,7 +156,7 @@ class FourierMap:
         return held + sum(array.nbytes for array in kept)
 
     def __call__(
-        self, source: Tensor, minus: Tensor | None = None, plus: Tensor | None = None
+        self, source: Tensor | Copies, minus: Tensor | None = None, plus: Tensor | None = None
     ) -> Tensor:
         """Return `plus + map(source - minus)`, without what is None.
 
@@ -166,6 +167,7 @@ class FourierMap:
         """
         if self.by_kernels is not None and self.by_kernels.serve(source, minus, plus):
             return self.by_kernels(source, minus, plus)
+        source = written_out(source)
         if not is_recorded(source, minus, plus):
             if self._in_place and len(source):
                 return self._write(source, minus, plus)

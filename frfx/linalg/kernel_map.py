@@ -11,6 +11,7 @@ from torch import Tensor
 
 from frfx.kernels import CircularMap, Kernels, Plane, Sizes
 from frfx.linalg.backend import TorchBackend
+from frfx.linalg.copies import Copies
 
 if TYPE_CHECKING:
     from frfx.linalg.fourier import FourierMap
@@ -91,31 +92,45 @@ class KernelMap:
         held = 0 if self._plane is None else self._plane.nbytes
         return held if self._kept is None else held + self._kept.nbytes
 
-    def serve(self, *tensors: Tensor | None) -> bool:
+    def serve(self, source: Tensor | Copies, *others: Tensor | None) -> bool:
         """Tell whether the kernels can take these tensors."""
-        given = [t for t in tensors if t is not None]
-        return given[0].dtype == self._map.dtype and self._kernels.serve(*given)
+        first = source.values if isinstance(source, Copies) else source
+        given = [t for t in others if t is not None]
+        return first.dtype == self._map.dtype and self._kernels.serve(first, *given)
 
-    def __call__(self, source: Tensor, minus: Tensor | None, plus: Tensor | None) -> Tensor:
+    def __call__(
+        self, source: Tensor | Copies, minus: Tensor | None, plus: Tensor | None
+    ) -> Tensor:
         """Return `plus + map(source - minus)`, without what is None; shapes as the map's."""
+        tile = (1, 1)
+        if isinstance(source, Copies):
+            if self.in_one is None and self._plane is None:
+                source = source.written_out()
+            else:
+                tile = source.sides
+                source = source.values
         if self.in_one is not None:
-            return self._kernels.circular_map(self.in_one, source, minus, plus)
+            return self._kernels.circular_map(self.in_one, source, minus, plus, tile)
         most = self._map.samples_at_once()
         if source.shape[0] <= most:
-            return self._part(source, minus, plus)
+            return self._part(source, minus, plus, tile)
         pieces = [
             (None,) * -(-source.shape[0] // most) if t is None else t.split(most)
-            for t in (source, minus, plus)
+            for t in (minus, plus)
         ]
-        return torch.cat([self._part(*part) for part in zip(*pieces, strict=True)])
+        parts = zip(source.split(most), *pieces, strict=True)
+        return torch.cat([self._part(first, m, p, tile) for first, m, p in parts])
 
-    def _part(self, source: Tensor, minus: Tensor | None, plus: Tensor | None) -> Tensor:
+    def _part(
+        self, source: Tensor, minus: Tensor | None, plus: Tensor | None, tile: tuple[int, int]
+    ) -> Tensor:
         if self._plane is None:
             return self._between(source, minus, plus)
         plane, n = self._plane, source.shape[0]
-        source = source.reshape(-1, plane.sizes.source_h, plane.sizes.source_w)
-        minus = minus if minus is None else minus.reshape(source.shape)
-        product = self._product(self._kernels.spectra(plane, source, minus), n)
+        height, width = plane.sizes.source_h, plane.sizes.source_w
+        source = source.reshape(-1, height // tile[0], width // tile[1])
+        minus = minus if minus is None else minus.reshape(-1, height, width)
+        product = self._product(self._kernels.spectra(plane, source, minus, tile), n)
         images = self._kernels.images_of(plane, product, plus)
         return images.view(n, self._map.groups, self._map.rows, *self._map.grid.result)
 

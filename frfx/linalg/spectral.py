@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frfx.linalg.autocorrelation import Side
 from frfx.linalg.backend import Backend, torch_backend
+from frfx.linalg.copies import Copies, written_out
 from frfx.linalg.form import Grid, spectral_bytes
 from frfx.linalg.fourier import FourierMap
 from frfx.linalg.operators import Convolution, Transposed, convolution_of
@@ -169,15 +170,18 @@ class SpectralFactor(Factor):
         result = self.map(source)
         return self.model.from_blocks(result) if self._result_in_blocks else result.flatten(1, 2)
 
-    def correct(self, x: Tensor, target: Tensor, output: Tensor) -> Tensor:
+    def correct(self, x: Tensor, target: Tensor | Copies, output: Tensor) -> Tensor:
         """Return `x + solve(target - output)`."""
         blocked = math.prod(self.model.operator.stride) > 1
         mixed = not x.dtype == target.dtype == output.dtype == self.dtype
         if blocked or self._gram is not None or mixed:
-            return super().correct(x, target, output)
+            return super().correct(x, written_out(target), output)
         n, groups = len(x), self.model.groups
-        target, output = (t.reshape(n, groups, -1, *t.shape[2:]) for t in (target, output))
-        plus = x.reshape(n, groups, -1, *x.shape[2:])
+        output, plus = (t.reshape(n, groups, -1, *t.shape[2:]) for t in (output, x))
+        if isinstance(target, Copies):
+            target = target.grouped(groups)
+        else:
+            target = target.reshape(output.shape)
         return self.map(target, output, plus).flatten(1, 2)
 
     @property

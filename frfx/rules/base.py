@@ -18,6 +18,7 @@ from frfx.linalg import Dense, Factor, Solver
 from frfx.linalg.auto import SOLVERS, Choice, Operator, SolverName
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.linalg.conjugate_gradients import Convergence
+from frfx.linalg.copies import Copies
 from frfx.linalg.iterative import MAX_STEPS, TOLERANCE
 from frfx.linalg.spectral import FACTOR_MEMORY
 from frfx.ops import Op, Shape
@@ -154,7 +155,7 @@ class AffineInversion(FactoredInversion):
         """Factor the linear part from the weights as they are now."""
         return self._solver.prepare(self.linear_part(key), self.backend)
 
-    def forward(self, target: Tensor, output: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(self, target: Tensor | Copies, output: Tensor, *inputs: Tensor) -> Tensor:
         """Return `x^ + A+ (y* - y^)`."""
         (x,) = inputs
         with torch.autocast(x.device.type, enabled=False):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 
 import frfx
 from frfx import networks
@@ -20,6 +21,7 @@ from frfx.compiler.swap import SwappedInversion
 from frfx.linalg import Convolution, Solver, fourier, kernel_map
 from frfx.linalg.backend import TorchBackend, torch_backend
 from frfx.linalg.conjugate_gradients import conjugate_gradients
+from frfx.linalg.copies import Copies
 from frfx.linalg.fourier import Grid
 from frfx.rules import activation
 from frfx.rules.label import NearestEmbedding
@@ -141,6 +143,35 @@ def test_maps(way, memory, dtype, problem, tile, seed):
     in_torch = grouped and (way.startswith("around") or not pointwise)
     if (way == "one kernel" and memory) or (way != "one kernel" and not in_torch):
         assert {name.partition("<")[0] for name in launcher.launched} >= launches
+
+
+@DTYPES
+@pytest.mark.parametrize("way", WAYS)
+@few
+@given(problem=planes(), seed=seeds)
+def test_maps_of_copies(way, dtype, problem, seed):
+    """They are those of the image that is written out, whatever the tiles."""
+    patches, launches = WAYS[way]
+    launcher = EmulatedLauncher()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in patches.items():
+            patch.setattr(kernel_map, name, value)
+        patch.setattr(fourier, "_TEMPORARY", 1)
+        made = make(problem, backend=TorchBackend(Kernels(launcher)), form="fft", dtype=dtype)
+        minus = image_for(problem, seed, 2, dtype)
+        sides = [[d for d in range(1, n + 1) if n % d == 0] for n in minus.shape[3:]]
+        tile = tuple(divisors[seed % len(divisors)] for divisors in sides)
+        copies = Copies(minus[(..., *(slice(None, None, n) for n in tile))].flip(0), tile)
+        found, expected = made(copies, minus), made(copies.written_out(), minus)
+    assert copies.written_out().shape == minus.shape
+    rounding = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+
+
+def test_copies_are_written_out_as_nearest_interpolation_does():
+    values = normal(0, 2, 3, 4, 5)
+    found = Copies(values, (2, 3)).written_out()
+    assert torch.equal(found, F.interpolate(values, scale_factor=(2, 3)))
 
 
 H200 = Device(132, 227 << 10, 228 << 10)
@@ -523,6 +554,33 @@ def test_a_network(name, policy, backend, launcher):
     gradient = inverse(x.requires_grad_(), y)
     assert gradient.requires_grad
     assert not {name.partition("<")[0] for name in launcher.launched} & {"circular_map", "preimage"}
+
+
+@pytest.mark.parametrize("solver", ["spectral", "iterative", "dense"])
+@pytest.mark.parametrize("size", [14, 15], ids=["tiles", "an entry that no window reads"])
+def test_only_kernels_read_copies(size, solver, backend, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 20, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 4, 3),
+        nn.Flatten(), nn.LazyLinear(4),
+    )  # fmt: skip
+    x, y = torch.randn(2, 3, size, size), torch.tensor([3, 1])
+    model(x)
+    policy = frfx.policy.paper().override(node="0", solver=solver, damping=1e-2)
+    written = []
+    own = Copies.written_out
+    monkeypatch.setattr(Copies, "written_out", lambda self: written.append(self) or own(self))
+    with torch.no_grad():
+        inverse = frfx.invert(model, 0, policy=policy)
+        expected = inverse(x, y)
+        assert not written
+        inverse.refresh()
+        for part in (inverse.inverse, inverse.merged):
+            for child in part.children():
+                child.backend = backend
+        found = inverse(x, y)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert bool(written) == (size == 14 and solver != "spectral")
 
 
 @pytest.mark.parametrize("size", [21, 50])
