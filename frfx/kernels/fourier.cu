@@ -82,24 +82,29 @@ struct Tables {
 };
 
 // The residual of some lines, transposed: (source_w, quads of lines, 4), an odd number of quads, so
-// that neighbours in a line do not meet in a bank. The source may be copies: then it has one number
-// for a tile of `down` by `across` entries, which all have it.
-template <typename T>
+// that neighbours in a line do not meet in a bank. Of copies, the source has one number for a tile of
+// `down` by `across` entries.
+template <typename T, bool copies>
 __device__ void load_residual(const T* __restrict__ source, const T* __restrict__ minus,
                               T* residual, int lines, int source_w, int down, int across) {
   Neighbours<T, 4>* to = (Neighbours<T, 4>*)residual;
-  const int step = quads(lines) | 1, tiles_w = source_w / across;
-  const bool copies = down * across > 1;
+  const int step = quads(lines) | 1, tiles_w = copies ? source_w / across : source_w;
   const Divider by_width(source_w), by_down(down), by_across(across);
 #pragma unroll 2
   for (int i = threadIdx.x; i < quads(lines) * source_w; i += blockDim.x) {
-    const int quad = by_width(i), at = i - quad * source_w, tile = copies ? by_across(at) : 0;
+    const int quad = by_width(i), at = i - quad * source_w;
+    // The line of tiles that a line is in, and which one of that it is.
+    int row = copies ? by_down(4 * quad) : 4 * quad, within = copies ? 4 * quad - row * down : 0;
+    const T* column = source + (copies ? by_across(at) : at);
     Neighbours<T, 4> values;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int line = 4 * quad + k, from = line * source_w + at;
-      const int one = copies ? by_down(line) * tiles_w + tile : from;
-      values.of[k] = line < lines ? source[one] - (minus ? minus[from] : T(0)) : T(0);
+      values.of[k] =
+          line < lines ? column[row * tiles_w] - (minus ? minus[from] : T(0)) : T(0);
+      const bool next = !copies || ++within == down;
+      row += next;
+      within = next ? 0 : within;
     }
     to[at * step + quad] = values;
   }
@@ -279,7 +284,7 @@ __device__ void rows_back(const Complex<T>* from, const T* __restrict__ plus,
 
 // A whole map: a block has one sample and group. The matrices are (groups, rows, columns, height,
 // pitch): c' are the rows, c the columns.
-template <typename T, int tile>
+template <typename T, bool copies, int tile>
 __global__ void __launch_bounds__(384, 2)
     circular_map(const T* __restrict__ source, const T* __restrict__ minus,
                  const T* __restrict__ plus, const T* __restrict__ matrices_,
@@ -296,8 +301,8 @@ __global__ void __launch_bounds__(384, 2)
 
   const long long sample = blockIdx.x;  // of a group
   const long long there = sample * lines * plane.source_w;
-  load_residual(source + there / (down * across), minus ? minus + there : nullptr, (T*)odd, lines,
-                plane.source_w, int(down), int(across));
+  load_residual<T, copies>(source + there / (down * across), minus ? minus + there : nullptr,
+                           (T*)odd, lines, plane.source_w, int(down), int(across));
   __syncthreads();
   rows_there<T, tile>((const T*)odd, even, lines, plane, tables.rows_there);
   __syncthreads();
@@ -349,7 +354,7 @@ struct Images {
 };
 
 // The spectra of some images a block, frequencies first: (independent, images).
-template <typename T, int tile>
+template <typename T, bool copies, int tile>
 __global__ void __launch_bounds__(384, 2)
     spectra(const T* __restrict__ source, const T* __restrict__ minus,
             const T* __restrict__ tables_, T* __restrict__ result_, long long images,
@@ -364,8 +369,8 @@ __global__ void __launch_bounds__(384, 2)
   Complex<T>* odd = even + first;
 
   const long long there = block.start * plane.source_h * plane.source_w;
-  load_residual(source + there / (down * across), minus ? minus + there : nullptr, (T*)odd, lines,
-                plane.source_w, int(down), int(across));
+  load_residual<T, copies>(source + there / (down * across), minus ? minus + there : nullptr,
+                           (T*)odd, lines, plane.source_w, int(down), int(across));
   __syncthreads();
   rows_there<T, tile>((const T*)odd, even, lines, plane, tables.rows_there);
   __syncthreads();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -223,7 +224,7 @@ class Kernels:
         way = self.arrange_map(circular, n, source)
         assert way is not None
         self._run(
-            f"circular_map<{{}}, {way.tile}>", source, n * groups, way.threads,
+            f"circular_map<{{}}, {_copies(tile)}, {way.tile}>", source, n * groups, way.threads,
             source, minus, plus, circular.matrices, plane.tables, result,
             groups, rows, columns, *sizes, way.even, *tile, shared=way.bytes_of(source),
         )  # fmt: skip
@@ -246,25 +247,28 @@ class Kernels:
         images = len(source)
         result = source.new_empty(plane.sizes.independent, images, dtype=source.dtype.to_complex())
         self._transform(
-            "spectra", source, plane, images, source, minus, plane.tables, result, last=tile
-        )
+            f"spectra<{{}}, {_copies(tile)}", source, plane, images,
+            source, minus, plane.tables, result, last=tile,
+        )  # fmt: skip
         return result
 
     def images_of(self, plane: Plane, spectra: Tensor, plus: Tensor | None) -> Tensor:
         """Return the images of spectra, as `spectra` has them, plus `plus` (images, h, w)."""
         images, size = spectra.shape[1], (plane.sizes.result_h, plane.sizes.result_w)
         result = spectra.new_empty(images, *size, dtype=spectra.dtype.to_real())
-        self._transform("images_of", result, plane, images, spectra, plus, plane.tables, result)
+        self._transform(
+            "images_of<{}", result, plane, images, spectra, plus, plane.tables, result, back=True
+        )
         return result
 
     def _transform(
         self, name: str, like: Tensor, plane: Plane, images: int, *tensors: Tensor | None,
-        last: tuple[int, ...] = (),
+        last: tuple[int, ...] = (), back: bool = False,
     ) -> None:  # fmt: skip
-        way = self._arrange(plane, images, like, name == "images_of")
+        way = self._arrange(plane, images, like, back)
         assert way is not None
         self._run(
-            f"{name}<{{}}, {way.tile}>", like, -(-images // way.images), way.threads,
+            f"{name}, {way.tile}>", like, -(-images // way.images), way.threads,
             *tensors, images, way.images, *plane.sizes, way.even, *last, shared=way.bytes_of(like),
         )  # fmt: skip
 
@@ -339,6 +343,11 @@ class Kernels:
             name, like, sums.numel(), _THREADS, *arguments, shares, entries, *limits,
             shared=_THREADS // 32 * sums.element_size(),
         )  # fmt: skip
+
+
+def _copies(tile: tuple[int, int]) -> str:
+    """Return whether tiles have several entries, in C++."""
+    return "true" if math.prod(tile) > 1 else "false"
 
 
 def _like(x: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ FUNCTORS = (
 
 TEMPLATES = (
     "nearest_embedding<{type}>",
-    *(f"{name}<{{type}}, {tile}>" for name in ("circular_map", "spectra", "images_of")
-      for tile in (1, 2, 4)),
+    *(f"{name}, {tile}>" for tile in (1, 2, 4) for name in (
+        "images_of<{type}", *(f"{kernel}<{{type}}, {copies}" for copies in ("true", "false")
+                              for kernel in ("circular_map", "spectra")))),
     "residual_on_grid<{type}>",
     "transpose<{type}>",
     "dots<{type}>",

@@ -151,7 +151,7 @@ def test_maps(way, memory, dtype, problem, tile, seed):
 @given(problem=planes(), seed=seeds)
 def test_maps_of_copies(way, dtype, problem, seed):
     """They are those of the image that is written out, whatever the tiles."""
-    patches, launches = WAYS[way]
+    patches, _ = WAYS[way]
     launcher = EmulatedLauncher()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in patches.items():
