@@ -9,6 +9,7 @@ import torch
 
 import frfx
 from frfx import networks
+from frfx.linalg.products import linear
 from tests.emulated_cuda import CAN_EMULATE, Remote, emulated
 from tests.joint import test_joint_gpu
 from tests.joint.test_joint_networks import Encoder, Residual, batch, fresh
@@ -48,6 +49,18 @@ def test_the_device_tells_its_tensors_from_the_hosts(waits):
 @pytest.mark.parametrize(("function", "shape"), test_gpu.FAMILIES.values(), ids=test_gpu.FAMILIES)
 def test_every_family_of_rules(function, shape, policy):
     test_gpu.test_equals_the_cpu(function, shape, policy)
+
+
+@pytest.mark.parametrize("size", [100, 3000])
+def test_long_sums_of_a_linear_layer(size, waits):
+    """The bias is added to the product, or after it: in place, but never of what is given."""
+    x, weight, bias = normal(0, 4, size).float(), normal(1, 5, size).float(), normal(2, 5).float()
+    there = [t.to("cuda") for t in (x, weight, bias)]
+    found = linear(*there)
+    assert found.is_cuda
+    assert not waits
+    torch.testing.assert_close(found.cpu(), torch.nn.functional.linear(x, weight, bias))
+    assert all(torch.equal(t.cpu(), own) for t, own in zip(there, (x, weight, bias), strict=True))
 
 
 def test_what_else_is_asked_of_a_gpu():

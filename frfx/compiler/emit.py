@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from frfx import vocabulary
 from frfx.compiler.forward import add_child, copy_nodes, forget_unused
+from frfx.compiler.linear import multiply_fast
 from frfx.compiler.merge import merge
 from frfx.compiler.plan import Plan, Step
 from frfx.compiler.pooling import pool_first
@@ -27,10 +28,10 @@ class Emitted:
 
     Attributes:
         graph: Reads `x` and `target`, returns `a*`. Its call_module nodes name `model.<path>`
-            `pooled.<node>` and `merged.<node>` (the forward pass), `inverse.<node>` (the
+            `replaced.<node>` and `merged.<node>` (the forward pass), `inverse.<node>` (the
             inversions), `prepare` and `finish`.
         walk: The same, with every stage; not another one where all of them are in the graph.
-        pooled: The children of `pooled`.
+        replaced: The children of `replaced`.
         merged: The children of `merged`.
         inversions: The children of `inverse`.
         stages: The walk back, in order.
@@ -40,7 +41,7 @@ class Emitted:
 
     graph: fx.Graph
     walk: fx.Graph
-    pooled: nn.Module
+    replaced: nn.Module
     merged: nn.Module
     inversions: nn.Module
     stages: tuple[Stage, ...]
@@ -68,10 +69,13 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     feature = walk.target(plan.tail.cut)
     graph.output(graph.call_module("finish", (feature, cut)))
     forget_unused(graph)
-    pooled = pool_first(traced, graph, walk.copies, backend)
+    replaced = nn.Module()
+    pool_first(traced, graph, walk.copies, backend, replaced)
+    multiply_fast(traced, graph, walk.copies, replaced)
+    forget_unused(graph)  # what is called within
     shorter, merged = merge(graph, walk.copies, stages, inversions, traced.root)
     return Emitted(
-        shorter, graph, pooled, merged, inversions, tuple(stages), cut.name, feature.name
+        shorter, graph, replaced, merged, inversions, tuple(stages), cut.name, feature.name
     )
 
 

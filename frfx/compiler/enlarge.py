@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from frfx import vocabulary
 from frfx.compiler.forward import call_of, is_hooked, without_hooks
@@ -21,6 +20,7 @@ from frfx.compiler.stage import Shorter, Stage, Walk
 from frfx.linalg import Matrix, Separable
 from frfx.linalg.auto import Choice
 from frfx.linalg.dense import GramFactor, MatrixFactor
+from frfx.linalg.products import linear
 from frfx.linalg.pseudo_inverse import solve_dtype
 from frfx.ops import Op, Shape
 from frfx.rules.base import AffineInversion, FactoredInversion, Inversion
@@ -147,7 +147,7 @@ class MergedForward(nn.Module):
             for call in self._calls:
                 x = call(x)
             return x
-        return F.linear(x.flatten(1), maps.there, layer.bias)
+        return linear(x.flatten(1), maps.there, layer.bias)
 
 
 def find(walk: Walk, pool: Stage) -> list[Stage] | None:

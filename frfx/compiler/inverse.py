@@ -153,14 +153,14 @@ class Inverse(fx.GraphModule):
 
     Attributes:
         model: The network, as a view that shares the model's parameters.
-        pooled: What pools in its place, without parameters, a child a node.
+        replaced: What computes some ops in its place, without parameters, a child a node.
         merged: What computes neighbours that are inverted together, likewise.
         inverse: The inversions, one a node.
         prepare: The first node: checks the arguments and readies the factors.
     """
 
     model: nn.Module
-    pooled: nn.Module
+    replaced: nn.Module
     merged: nn.Module
     inverse: nn.Module
     prepare: Preparation
@@ -177,7 +177,7 @@ class Inverse(fx.GraphModule):
         }
         children = {
             "model": traced.root,
-            "pooled": emitted.pooled,
+            "replaced": emitted.replaced,
             "merged": emitted.merged,
             "inverse": inversions,
             "prepare": Preparation(traced, plan, factored),
@@ -195,7 +195,7 @@ class Inverse(fx.GraphModule):
         self.graph.lint()
         self.training = False
         # The model's view is in evaluation mode already, and its train() may write to parameters.
-        for name in ("pooled", "merged", "inverse", "prepare", "finish"):
+        for name in ("replaced", "merged", "inverse", "prepare", "finish"):
             self.get_submodule(name).eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:

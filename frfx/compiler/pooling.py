@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from frfx import vocabulary
 from frfx.compiler.bind import bind, live_nodes, op_type
-from frfx.compiler.forward import add_child, call_of, forget_unused, is_hooked
+from frfx.compiler.forward import add_child, call_of, is_hooked
 from frfx.compiler.rows import Rows, in_rows
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend, torch_backend
@@ -140,21 +140,23 @@ def _rows_of(op: Op) -> int:
 
 
 def pool_first(
-    traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], backend: Backend
-) -> nn.Module:
+    traced: Traced,
+    graph: fx.Graph,
+    copies: Mapping[fx.Node, fx.Node],
+    backend: Backend,
+    replaced: nn.Module,
+) -> None:
     """Rewrite the max pooling in the forward part of a reconstruction graph.
 
     Args:
         traced: The network.
         graph: The reconstruction graph, without what nothing reads. Its pooling nodes call
-            `pooled.<name>` afterwards, under the names that they have.
+            `replaced.<name>` afterwards, under the names that they have; what they compute within
+            is read no more.
         copies: The forward nodes in that graph.
         backend: What runs it.
-
-    Returns:
-        The children of `pooled`.
+        replaced: The children of `replaced`, to which those for pooling are added.
     """
-    pooled = nn.Module()
     live, there = live_nodes(traced.graph), set(graph.nodes)
     for node, copy in copies.items():
         if copy not in there or op_type(node, traced.root) is not vocabulary.max_pool:
@@ -174,11 +176,9 @@ def pool_first(
                 source = source.all_input_nodes[0]
         pooling = Pooling(op, call_of(node, traced.root), activation, convolution, rows)
         pooling.backend = backend
-        name = add_child(pooled, copy.name, pooling)
-        copy.op, copy.target = "call_module", f"pooled.{name}"
+        name = add_child(replaced, copy.name, pooling)
+        copy.op, copy.target = "call_module", f"replaced.{name}"
         copy.args, copy.kwargs = (copies[source],), {}
-    forget_unused(graph)  # what is called within
-    return pooled
 
 
 def _is_increasing(node: fx.Node, traced: Traced, live: set[fx.Node]) -> bool:

@@ -1,8 +1,10 @@
-"""Products of large matrices in single, by the faster of the two libraries that torch has for them.
+"""Products of large matrices in single, by the faster of the two ways that torch has for them.
 
-torch multiplies with MKL, which leaves half of every AVX-512 register empty on processors that are
-not Intel's. oneDNN, which convolves for torch, does not: large products take half the time where
-whole registers are computed with at once, and up to a third less where both halves are in turn.
+On a CPU torch multiplies with MKL, which leaves half of every AVX-512 register empty on processors
+that are not Intel's. oneDNN, which convolves for torch, does not: large products take half the time
+where whole registers are computed with at once, and up to a third less where both halves are in
+turn. On a GPU torch has cuBLAS add a bias to the product itself, for which it takes other kernels:
+of sums over 4096 products and 128 samples they take half as long again (docs/solvers.md).
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from frfx.recording import is_recorded
 
 _ENTRIES = {True: 1 << 16, False: 1 << 17}
 """Entries of the larger matrix, for every thread, from which a call of oneDNN's is worth it, on
 processors that compute with whole registers and on those that do with halves."""
+
+_LONG = 1 << 11
+"""Products in a sum from which on a GPU the bias is better added afterwards."""
 
 _ZEN_5 = 26
 """The family of the first processors of AMD's that compute with whole registers."""
@@ -50,8 +56,18 @@ def addmm(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x + _by_onednn(a, b) if _serves(a, b) else torch.addmm(x, a, b)
 
 
-def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], None)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what `torch.nn.functional.linear` does."""
+    if x.ndim == 2 and not is_recorded(x, weight, bias):
+        if _serves(x, weight.mT):
+            return _by_onednn(x, weight.mT, bias)
+        if x.is_cuda and x.dtype == torch.float32 and x.shape[1] >= _LONG and bias is not None:
+            return (x @ weight.mT).add_(bias)
+    return F.linear(x, weight, bias)
+
+
+def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.mT, bias, "none", [], None)
 
 
 def _serves(a: Tensor, b: Tensor) -> bool:

@@ -54,7 +54,7 @@ def test_any_geometry_pools_as_torch_does(drawn):
     expected = pool(torch.tanh(x))
     assume(torch.isfinite(expected).all())  # else a window reads nothing, and nothing is inverted
     inverse = frfx.invert(Pooled(pool, x.ndim - 2), "pool")
-    torch.testing.assert_close(inverse.pooled.pool(x), expected)
+    torch.testing.assert_close(inverse.replaced.pool(x), expected)
 
 
 def small(*behind: nn.Module) -> nn.Sequential:
@@ -94,7 +94,7 @@ def test_a_reconstruction_is_what_it_is_by_the_models_own_calls(policy, layer, m
 def test_an_activation_that_is_read_stays():
     model, *_ = initialised(small())
     assert "'1'" not in frfx.invert(model, "2").code.replace('"', "'")
-    assert "self.pooled._2(_1)" in frfx.invert(model, "1").code
+    assert "self.replaced._2(_1)" in frfx.invert(model, "1").code
 
 
 class Functional(nn.Module):
@@ -120,7 +120,7 @@ def test_functions_and_methods_are_called_as_they_were():
         inverse = frfx.invert(model, "fc")
         found = inverse.reconstruct(x, torch.zeros(2, dtype=torch.long))
         torch.testing.assert_close(found["fc"].forward, model(x))
-    assert sum("pooled" in str(node.target) for node in inverse.graph.nodes) == 4
+    assert sum("replaced" in str(node.target) for node in inverse.graph.nodes) == 4
 
 
 @pytest.mark.parametrize("where", ["0", "1", "2"])
@@ -161,7 +161,7 @@ def test_other_layouts_stay_with_torch(monkeypatch):
     inverse = frfx.invert(model, "3")
     seen = []
     monkeypatch.setattr(Axis, "tap", lambda *args: seen.append(args))
-    inverse.pooled._2(torch.randn(2, 3, 11, 11).to(memory_format=torch.channels_last))
+    inverse.replaced._2(torch.randn(2, 3, 11, 11).to(memory_format=torch.channels_last))
     assert not seen
 
 
@@ -178,7 +178,7 @@ def test_rows_of_a_convolution_are_channels(kernel, down, across, padding, bias,
     x = torch.randn(2, 2, height, 7)
     assume(model[:2](x).shape[2] >= window[0] and model[:2](x).shape[3] >= window[1])
     model(x)
-    pooling = frfx.invert(model, "3").pooled._2
+    pooling = frfx.invert(model, "3").replaced._2
     assert isinstance(pooling, Pooling)
     with torch.no_grad(), patch.object(Rows, "fit", lambda self, x: True):
         torch.testing.assert_close(pooling(x), model[:3](x))
@@ -192,7 +192,7 @@ def test_rows_of_a_convolution_are_channels(kernel, down, across, padding, bias,
 )
 def test_rows_go_together_where_a_register_holds_them(lanes, served):
     model, x, _ = initialised(small())
-    rows = frfx.invert(model, "3").pooled._2._rows
+    rows = frfx.invert(model, "3").replaced._2._rows
     with patch.object(torch.backends.cpu, "get_cpu_capability", lambda: lanes):
         assert rows.fit(x) is served
         assert not rows.fit(x.double())
@@ -213,7 +213,7 @@ def test_other_convolutions_stay_where_they_are(convolution):
     x = torch.randn(2, 4, 8, 8)
     model(x)
     inverse = frfx.invert(model, "1")
-    assert (inverse.pooled._1._rows is None) is (convolution.padding != "valid")
+    assert (inverse.replaced._1._rows is None) is (convolution.padding != "valid")
     with torch.no_grad():
         y = torch.tensor([1, 2])
         torch.testing.assert_close(inverse.reconstruct(x, y)["1"].forward, model[:2](x))
@@ -222,5 +222,5 @@ def test_other_convolutions_stay_where_they_are(convolution):
 def test_nothing_of_the_model_is_registered_twice():
     model, *_ = initialised(small())
     inverse = frfx.invert(model, "3")
-    assert not list(inverse.pooled.parameters())
-    assert [type(m) for m in inverse.pooled.children()] == [Pooling]
+    assert not list(inverse.replaced.parameters())
+    assert [type(m) for m in inverse.replaced.children()] == [Pooling]

@@ -441,7 +441,7 @@ def test_max_pool(dtype, drawn, nan, seed):
     model = nn.Sequential(nn.Identity(), nn.Tanh(), pool, nn.Flatten(), nn.LazyLinear(3))
     x = normal(seed, 2, 3, *size)
     model.double()(x)
-    pooling = frfx.invert(model, "4").pooled._2  # the forward part alone
+    pooling = frfx.invert(model, "4").replaced._2  # the forward part alone
     pooling.backend = TorchBackend(Kernels(launcher))
     x = x.to(dtype)
     if nan:
@@ -542,7 +542,7 @@ def test_a_network(name, policy, backend, launcher):
     x, y = torch.randn(2, *networks.NETWORKS[name].input_shape), torch.tensor([3, 1])
     expected = frfx.invert(model, 0, policy=policy)(x, y)
     inverse = frfx.invert(model, 0, policy=policy)
-    for part in (inverse.inverse, inverse.merged, inverse.pooled):
+    for part in (inverse.inverse, inverse.merged, inverse.replaced):
         for child in part.children():
             child.backend = backend
     with torch.no_grad():

@@ -32,9 +32,9 @@ class Counter:
     def __init__(self) -> None:
         self.count, self._own = 0, products._by_onednn
 
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+    def __call__(self, a: Tensor, b: Tensor, *others: Tensor | None) -> Tensor:
         self.count += 1
-        return self._own(a, b)
+        return self._own(a, b, *others)
 
 
 sizes = st.integers(0, 9)
@@ -95,6 +95,36 @@ def test_a_product_is_added(dtype):
     x, a, b = normal(0, 4, 5), normal(1, 4, 3), normal(2, 3, 5)
     found = products.addmm(*(t.to(dtype) for t in (x, a, b)))
     assert relative(found.double(), x + a @ b) < 10 * torch.finfo(dtype).eps
+
+
+@needs_onednn
+@given(
+    batch=st.lists(st.integers(0, 3), min_size=1, max_size=2), k=sizes, n=sizes,
+    bias=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_linear_layers_are_those_of_double(batch, k, n, bias, dtype, seed):
+    x, weight = normal(seed, *batch, k, dtype=dtype), normal(seed + 1, n, k, dtype=dtype)
+    added = normal(seed + 2, n, dtype=dtype) if bias else None
+    counter = Counter()
+    with patch.object(products, "_by_onednn", counter):
+        found = products.linear(x, weight, added)
+    expected = x.double() @ weight.double().mT + (0 if added is None else added.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    plain = len(batch) == 1 and dtype == torch.float32 and min(x.numel(), weight.numel()) > 0
+    assert counter.count == plain
+
+
+@needs_onednn
+@pytest.mark.parametrize("which", range(3))
+def test_gradients_of_linear_layers_are_torchs(which):
+    given = [normal(0, 3, 4), normal(1, 5, 4), normal(2, 5)]
+    given = [t.float() for t in given]
+    given[which].requires_grad_()
+    (found,) = torch.autograd.grad(products.linear(*given).square().sum(), given[which])
+    linear = torch.nn.functional.linear
+    (expected,) = torch.autograd.grad(linear(*given).square().sum(), given[which])
+    torch.testing.assert_close(found, expected)
 
 
 @needs_onednn
