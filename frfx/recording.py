@@ -29,11 +29,12 @@ def is_recorded(*tensors: Tensor | None) -> bool:
         return True
     if _get_current_dispatch_mode() is not None:
         return True
+    backward, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
     return any(
         type(t) not in PLAIN
-        or (t.requires_grad and torch.is_grad_enabled())
+        or (backward and t.requires_grad)
         or torch._C._functorch.is_functorch_wrapped_tensor(t)
-        or forward_ad.unpack_dual(t).tangent is not None
+        or (forward and forward_ad.unpack_dual(t).tangent is not None)
         for t in tensors
         if t is not None
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ class Case:
         policy: The policy's name.
         options: For its convolutions.
         small: Whether it takes little time and memory.
-        tf32: Whether a GPU convolves in TensorFloat-32, as torch does unless told otherwise.
+        tf32: What a GPU computes in TensorFloat-32: torch convolves in it unless told otherwise.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Case:
     policy: str = "paper"
     options: dict[str, Any] = field(default_factory=dict)
     small: bool = True
-    tf32: bool = True
+    tf32: Literal["nothing", "convolutions", "all"] = "convolutions"
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -47,10 +48,25 @@ def cases(device: torch.device) -> Iterator[Case]:
         for layer in (3, 2, 1, 0):
             yield Case("paper:cifar10", 32, 256, layer, policy)
     batch = 32 if device.type == "cpu" else 128
-    once = {"solver": "spectral", "damping": 1e-2}
-    for options, tf32 in ((once, True), (once, False), ({}, True)):
-        if tf32 or device.type == "cuda":
-            yield Case("torchvision:vgg11", 64, batch, "features.0", "paper", options, False, tf32)
+    vgg = Case("torchvision:vgg11", 64, batch, "features.0", small=False)
+    once = replace(vgg, options={"solver": "spectral", "damping": 1e-2})
+    yield once
+    if device.type == "cuda":
+        yield replace(once, tf32="nothing")
+        yield replace(once, tf32="all")
+    yield vgg
+
+
+@contextlib.contextmanager
+def _tf32(what: str) -> Iterator[None]:
+    """Let a GPU compute in TensorFloat-32: nothing, convolutions or all."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, what == "all"
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=what != "nothing"):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def measure(case: Case, watch: Stopwatch, backend: str) -> dict[str, Any]:
@@ -74,8 +90,7 @@ def measure(case: Case, watch: Stopwatch, backend: str) -> dict[str, Any]:
         "forward": lambda: model(x),
         "step": step,
     }
-    cudnn = torch.backends.cudnn.flags(enabled=True, allow_tf32=case.tf32)
-    with warnings.catch_warnings(), torch.no_grad(), cudnn:
+    with warnings.catch_warnings(), torch.no_grad(), _tf32(case.tf32):
         warnings.simplefilter("ignore")
         first = watch.once(lambda: inverse(x, y))
         found = watch(functions)
@@ -87,7 +102,7 @@ def measure(case: Case, watch: Stopwatch, backend: str) -> dict[str, Any]:
         "down to": str(case.layer),
         "policy": case.policy,
         "options": ", ".join(f"{k}={v}" for k, v in case.options.items()),
-        "tf32": case.tf32 and watch.device.type == "cuda",
+        "tf32": case.tf32 if watch.device.type == "cuda" else "",
         "backend": backend,
         "inverse_ms": found["inverse"],
         "to_step": found["inverse"] / found["step"],

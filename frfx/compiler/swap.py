@@ -6,6 +6,7 @@ is computed, and inverted, of one entry a window: of a quarter of them where win
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -70,6 +71,7 @@ class SwappedInversion(Inversion):
         super().__init__()
         self._parts, self._call = (pool, activation), (call,)  # in tuples: registered elsewhere
         self._as_copies = as_copies
+        self._ends = functools.cache(self._find_ends)
 
     def forward(  # type: ignore[override]
         self, target: Tensor, output: Tensor, *inputs: Tensor | None
@@ -116,34 +118,28 @@ class SwappedInversion(Inversion):
 
     def _at_an_end(self, target: Tensor) -> bool:
         """Tell whether a target is at an end of the range: it has more preimages than one."""
-        low, high = self._limits(target)
+        (low, high), _ = self._ends(target.dtype)
         return not low < float(target.amin()) <= float(target.amax()) < high
 
-    def _limits(self, target: Tensor) -> list[float]:
-        """Return the ends of the range as targets of this type are limited to them."""
+    def _find_ends(self, dtype: torch.dtype) -> tuple[list[float], list[float]]:
+        """Return the ends of the range, as targets of a type are limited to them, and what these
+        are inverted to."""
         _, activation = self._parts
         assert isinstance(activation, ElementwiseInversion)
-        ends: list[float] = torch.tensor(activation.limits, dtype=target.dtype).tolist()
-        return ends
-
-    def _preimages(self, target: Tensor) -> list[float]:
-        """Return what the ends of the range are inverted to."""
-        _, activation = self._parts
-        assert isinstance(activation, ElementwiseInversion)
-        ends = torch.tensor(self._limits(target), dtype=target.dtype)
-        found: Tensor = activation.function.nearest(ends, ends, **activation.arguments)
-        return found.tolist()
+        ends = torch.tensor(activation.limits, dtype=dtype)
+        preimages: Tensor = activation.function.nearest(ends, ends, **activation.arguments)
+        return ends.tolist(), preimages.tolist()
 
     def _bounded(self, target: Tensor) -> bool:
         """Tell whether ends that targets may reach have finite preimages: not without a margin."""
-        both = zip(self._limits(target), self._preimages(target), strict=True)
+        both = zip(*self._ends(target.dtype), strict=True)
         return all(math.isfinite(end) or not math.isfinite(limit) for limit, end in both)
 
     def _between(self, target: Tensor, answer: Tensor, pooled: Tensor, x: Tensor) -> Tensor:
         """Return the entries nearest to the forward ones between the ends of their preimages."""
         pool, _ = self._parts
         most = torch.full_like(answer, torch.finfo(answer.dtype).max)
-        (low, high), (least, largest) = self._limits(target), self._preimages(target)
+        (low, high), (least, largest) = self._ends(target.dtype)
         floor = where(target <= low, -most, answer.clamp(max=largest))
         ceiling = where(target >= high, most, answer.clamp(min=least))
         return x.clamp(pool(floor, pooled, x), pool(ceiling, pooled, x))
