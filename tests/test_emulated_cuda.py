@@ -9,7 +9,7 @@ import torch
 
 import frfx
 from frfx import networks
-from frfx.linalg.products import linear
+from frfx.linalg import products
 from tests.emulated_cuda import CAN_EMULATE, Remote, emulated
 from tests.joint import test_joint_gpu
 from tests.joint.test_joint_networks import Encoder, Residual, batch, fresh
@@ -51,15 +51,20 @@ def test_every_family_of_rules(function, shape, policy):
     test_gpu.test_equals_the_cpu(function, shape, policy)
 
 
+@pytest.mark.parametrize("in_tf32", [False, True])
 @pytest.mark.parametrize("size", [100, 3000])
-def test_long_sums_of_a_linear_layer(size, waits):
+def test_long_sums_of_a_linear_layer(size, in_tf32, waits, monkeypatch):
     """The bias is added to the product, or after it: in place, but never of what is given."""
     x, weight, bias = normal(0, 4, size).float(), normal(1, 5, size).float(), normal(2, 5).float()
     there = [t.to("cuda") for t in (x, weight, bias)]
-    found = linear(*there)
+    own, at_once = torch.nn.functional.linear, []
+    monkeypatch.setattr(products, "_in_tf32", lambda: in_tf32)
+    monkeypatch.setattr(products.F, "linear", lambda *a: at_once.append(a) or own(*a))
+    found = products.linear(*there)
+    assert bool(at_once) == (size == 100 or in_tf32)
     assert found.is_cuda
     assert not waits
-    torch.testing.assert_close(found.cpu(), torch.nn.functional.linear(x, weight, bias))
+    torch.testing.assert_close(found.cpu(), own(x, weight, bias))
     assert all(torch.equal(t.cpu(), own) for t, own in zip(there, (x, weight, bias), strict=True))
 
 

@@ -4,7 +4,8 @@ On a CPU torch multiplies with MKL, which leaves half of every AVX-512 register 
 that are not Intel's. oneDNN, which convolves for torch, does not: large products take half the time
 where whole registers are computed with at once, and up to a third less where both halves are in
 turn. On a GPU torch has cuBLAS add a bias to the product itself, for which it takes other kernels:
-of sums over 4096 products and 128 samples they take half as long again (docs/solvers.md).
+of sums over 4096 products and 128 samples they take half as long again (docs/solvers.md). In
+TensorFloat-32 they do not.
 """
 
 from __future__ import annotations
@@ -61,13 +62,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.ndim == 2 and not is_recorded(x, weight, bias):
         if _serves(x, weight.mT):
             return _by_onednn(x, weight.mT, bias)
-        if x.is_cuda and x.dtype == torch.float32 and x.shape[1] >= _LONG and bias is not None:
-            return (x @ weight.mT).add_(bias)
+        if bias is not None and x.is_cuda and x.dtype == torch.float32 and x.shape[1] >= _LONG:
+            return F.linear(x, weight, bias) if _in_tf32() else (x @ weight.mT).add_(bias)
     return F.linear(x, weight, bias)
 
 
 def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.mT, bias, "none", [], None)
+
+
+def _in_tf32() -> bool:
+    """Tell whether a GPU multiplies matrices in TensorFloat-32, whichever way that was asked for."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        return bool(matmul.allow_tf32)
+    except RuntimeError:  # by the newer setting, of which this one does not know
+        return bool(matmul.fp32_precision == "tf32")
 
 
 def _serves(a: Tensor, b: Tensor) -> bool:

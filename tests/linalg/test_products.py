@@ -127,6 +127,33 @@ def test_gradients_of_linear_layers_are_torchs(which):
     torch.testing.assert_close(found, expected)
 
 
+class Matmul:
+    """Settings of torch's: reading the older one is an error where the newer one was used."""
+
+    def __init__(self, *, older: bool | None = None, newer: str = "none") -> None:
+        self._older, self.fp32_precision = older, newer
+
+    @property
+    def allow_tf32(self) -> bool:
+        if self._older is None:
+            raise RuntimeError("mix of the legacy and new APIs")
+        return self._older
+
+
+@pytest.mark.parametrize(
+    ("settings", "in_tf32"),
+    [
+        ({"older": False}, False),
+        ({"older": True}, True),
+        ({"newer": "tf32"}, True),
+        ({"newer": "ieee"}, False),
+    ],
+)
+def test_either_setting_is_read(settings, in_tf32, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Matmul(**settings))
+    assert products._in_tf32() is in_tf32
+
+
 @needs_onednn
 def test_a_user_may_turn_it_off():
     a, b = normal(0, 4, 3, dtype=torch.float32), normal(1, 3, 5, dtype=torch.float32)
