@@ -72,7 +72,7 @@ def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _in_tf32() -> bool:
-    """Tell whether a GPU multiplies matrices in TensorFloat-32, whichever way that was asked for."""
+    """Tell whether a GPU multiplies matrices in TensorFloat-32, however that was asked for."""
     matmul = torch.backends.cuda.matmul
     try:
         return bool(matmul.allow_tf32)
