@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,16 @@ from frfx.joint.report import Report
 _PATIENCE = 2
 """How often a sample that misses its target starts from the forward feature before it is restored:
 moved from where it is, by the least step to the target."""
+
+_HOPS = 2
+"""How many steps in a row may miss by more than the least so far, where steps are searched, ..."""
+
+_GROWTH = 2.0
+"""... and how often that least they may miss by. Beyond a kink it may take more than one step to
+gain; where they do not, the sample goes back to where it missed least, and every step must gain."""
+
+_JUMPS = 2
+"""How often a sample that no part of a step brings nearer then takes the whole all the same."""
 
 _REACH = (10.0, 1.0)
 """The longest first step, and the longest of the others, in norms of the forward feature: a
@@ -54,6 +64,26 @@ class Point(Protocol):
         """Return what solves a subproblem, shape (L, n)."""
 
 
+@runtime_checkable
+class SearchedPoint(Point, Protocol):
+    """One from which a step that gains nothing is shortened before it is gone.
+
+    From others, the step after the next one is halved.
+    """
+
+    def share(self, step: Tensor, most: Tensor, allowed: Tensor) -> Tensor:
+        """Return how much of the steps (L, n) is gone.
+
+        Args:
+            step: The steps.
+            most: How much may be, shape (L,).
+            allowed: What may be missing afterwards, if not less than now, shape (L,).
+
+        Returns:
+            Shape (L,); 0 where no part of a step does.
+        """
+
+
 class Constraint(Protocol):
     """What the output must meet."""
 
@@ -77,10 +107,11 @@ def nearest_feature(
     that misses the target, the next one may not fall back behind it: the linearisation before stays
     as one more constraint, for max pooling changes its winner under a step and would change it back
     under the next. Where it misses again and again, the sample is restored: it takes the least step
-    to the target from where it is, halved where two in a row have made it worse. A sample that has
-    reached its target goes on from there to come nearer to `a^`, and leaves the batch once a step
-    promises or brings less than the tolerance. The result is the nearest feature met on the way,
-    or the one that misses least.
+    to the target from where it is, halved where two in a row have made it worse. Where steps are
+    searched, they are halved at once, and after some that gained nothing the sample goes back to
+    where it missed least. A sample that has reached its target goes on from there to come nearer to
+    `a^`, and leaves the batch once a step promises or brings less than the tolerance. The result is
+    the nearest feature met on the way, or the one that misses least.
 
     Args:
         constraint: What is to be met.
@@ -111,12 +142,13 @@ def nearest_feature(
         if count == 0:  # the slack is for what a step has missed by, not for what needs none
             point.reached = point.reached & (point.violation <= 0)
         violation, reached = point.violation, point.reached
+        searched = isinstance(point, SearchedPoint)
         offset = live.origin - at
         distance = _norm(offset)
         gain = best.update(rows, at, distance, violation, reached, count)
         if count == steps:
             break
-        worse = ~reached & (violation >= live.before) & live.restored
+        worse = ~reached & (violation >= live.before) & live.restored & (not searched)
         stalls = worse & live.worse | violation.isinf()
         live.worse = worse
         smooth = (live.misses == 0) & (gain >= 0)
@@ -141,6 +173,10 @@ def nearest_feature(
         done |= ~reached & (length == 0)  # nothing that it could do moves it
         longest = _REACH[min(count, 1)] * size[rows]
         share = (longest / length).clamp(max=1).nan_to_num(nan=1)
+        returns = None
+        if isinstance(point, SearchedPoint):
+            share, returns = live.search(point, step, share, best.reached[rows], restored)
+            done |= live.jumps > _JUMPS
         slope = torch.linalg.vecdot(found, step)
         moved = share
         has_cut = whole | restored
@@ -156,6 +192,8 @@ def nearest_feature(
         live.before, live.restored = violation, restored
         live.step, live.cut = step, found
         live.at = torch.addcmul(at, moved[:, None], step)
+        if returns is not None:
+            live.at = torch.where(returns[:, None], best.at[rows], live.at)
         live.keep(~done)
     report = Report(best.reached, best.steps, best.distance, best.violation)
     return best.at.reshape(shape), report
@@ -215,6 +253,10 @@ class _Live:
         share: How much of it was gone.
         cut: The correction in it, a constraint on the next: that may not fall back behind it.
         slope: The product of the two.
+        lowest: The least violation so far.
+        hops: How many steps in a row have not fallen below.
+        strict: Whether every step must gain.
+        jumps: How often a whole step was taken that does not.
     """
 
     def __init__(self, start: Tensor, rows: Tensor) -> None:
@@ -230,6 +272,37 @@ class _Live:
         self.worse = torch.zeros(count, dtype=torch.bool, device=device)
         self.restored = torch.zeros(count, dtype=torch.bool, device=device)
         self.has_cut = torch.zeros(count, dtype=torch.bool, device=device)
+        self.lowest = start.new_full((count,), torch.inf)
+        self.hops = torch.zeros(count, dtype=torch.long, device=device)
+        self.strict = torch.zeros(count, dtype=torch.bool, device=device)
+        self.jumps = torch.zeros(count, dtype=torch.long, device=device)
+
+    def search(
+        self, point: SearchedPoint, step: Tensor, most: Tensor, met: Tensor, restored: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return how much of a step is gone, and which samples go back to where they missed least.
+
+        Args:
+            point: Where the samples are.
+            step: The steps.
+            most: How much of them may be gone.
+            met: Which samples have met the constraint before: they may leave it to come nearer.
+            restored: Which take the least step to the target.
+        """
+        violation, missed = point.violation, ~point.reached
+        self.hops = torch.where((violation < self.lowest) | met, 0, self.hops + 1)
+        self.lowest = self.lowest.minimum(violation)
+        returns = missed & ~self.strict & (self.hops > _HOPS)
+        strict = self.strict | returns
+        allowed = torch.where(strict, 0, _GROWTH * self.lowest)
+        share = point.share(step, most, torch.where(met, torch.inf, allowed))
+        stuck = missed & ~returns & (share == 0)
+        jumps = stuck & restored
+        # The others are restored next.
+        self.misses = torch.where(stuck, self.misses.clamp(min=_PATIENCE), self.misses)
+        self.jumps = self.jumps + jumps
+        self.strict, self.hops = strict & ~jumps, torch.where(jumps, 0, self.hops)
+        return torch.where(jumps, most, share), returns
 
     def keep(self, chosen: Tensor) -> None:
         """Let the other samples leave."""

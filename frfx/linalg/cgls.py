@@ -21,10 +21,10 @@ def cgls(
     rmv: Map,
     right: Tensor,
     *,
-    tolerance: float,
+    tolerance: Tensor | float,
     max_steps: int,
     shift: Tensor | float = 0.0,
-    miss: float = 0.0,
+    miss: Tensor | float = 0.0,
     largest: Tensor | None = None,
 ) -> tuple[Tensor, Convergence]:
     """Return `argmin ||J d - right||^2 + shift ||d||^2`, of least norm, for every sample.
@@ -38,10 +38,12 @@ def cgls(
         mv: Applies J: (N, n) -> (N, m).
         rmv: Applies its transpose.
         right: Shape (N, m).
-        tolerance: A sample stops where the norm of its `J^T r - shift d` has fallen to this share.
+        tolerance: A sample stops where the norm of its `J^T r - shift d` has fallen to this share;
+            one number or one a sample, shape (N,).
         max_steps: Bound on the steps.
         shift: Tikhonov's parameter, one number or one a sample, shape (N,).
-        miss: A sample stops, too, where the norm of its residual has fallen to this share.
+        miss: A sample stops, too, where the norm of its residual has fallen to this share; as
+            the tolerance.
         largest: The largest singular value of J, shape (N,), if an estimate is known.
 
     Returns:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import frfx
+from frfx.joint.output import OutputConstraint
+from frfx.joint.region import Region
 from tests.oracles import Apply, minimal_affine_preimage, normal, relative
 
 
@@ -128,3 +130,80 @@ def test_unreachable_targets_are_reported(target, constraint, weight):
     assert bool((report.deviation <= 15 * x.norm(dim=1)).all())
     with pytest.raises(frfx.UnreachedError, match="have not reached their target in 12 steps"):
         frfx.invert(model, 0, policy=frfx.policy.joint(unreached="raise"))(x, y)
+
+
+class Skip(nn.Module):
+    """A small U-Net: an image in, an image out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1)
+        self.up, self.out = nn.ConvTranspose2d(8, 4, 2, stride=2), nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x):
+        wide = torch.relu(self.down(x))
+        deep = torch.relu(self.deep(nn.functional.max_pool2d(wide, 2)))
+        return self.out(torch.cat([wide, torch.relu(self.up(deep))], 1))
+
+
+def trained() -> tuple[nn.Module, torch.Tensor]:
+    """Return one that has learned a little, as networks that are inverted have, and images."""
+    torch.manual_seed(0)
+    model, x = Skip(), torch.rand(8, 1, 8, 8)
+    target = torch.rand(8, 1, 8, 8)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+    return model.double().eval(), x[:4].double()
+
+
+@pytest.mark.parametrize(("moved", "left"), [(0.1, 0.1), (0.5, 0.2)])
+def test_images_are_targets_too(moved, left):
+    """Linearisations of so many numbers are not worth whole steps, nor exact solutions."""
+    model, x = trained()
+    target = model(x + moved * normal(1, *x.shape)).detach()
+    inverse = frfx.invert(model, "x", policy=frfx.policy.joint(unreached="ignore"))
+    found = inverse(x, target)
+    with torch.no_grad():
+        gap = (target - model(x)).flatten(1).norm(dim=1)
+        missing = (target - model(found)).flatten(1).norm(dim=1)
+    report = inverse.report["x"]
+    torch.testing.assert_close(missing, report.violation)
+    assert float((missing / gap).mean()) <= left
+    assert float((missing / gap).max()) <= 3 * left
+    assert float(report.deviation.max()) <= 2 * moved * 8
+
+
+def test_many_numbers_of_an_affine_tail_are_solved_for_exactly():
+    """The first step leaves a share, and finds that nothing was off."""
+    weight = torch.linalg.qr(normal(0, 70, 70))[0] * torch.linspace(1, 3, 70)
+    model = Apply(nn.functional.linear, weight=weight).eval()
+    x, target = normal(1, 3, 70), normal(2, 3, 70)
+    inverse = frfx.invert(model, "x", policy="joint")
+    found = inverse(x, target)
+    assert relative(found, torch.linalg.solve(weight, target.T).T) < 1e-6
+    assert inverse.report["x"].steps.tolist() == [2, 2, 2]
+
+
+class Scalar(nn.Module):
+    def forward(self, x):
+        return torch.atan(x)
+
+
+def test_a_step_is_shortened_until_less_is_missing():
+    constraint = OutputConstraint(
+        Region(Scalar(), (), None), torch.zeros(5, 1), torch.atan(torch.full((5, 1), 3.0)), 100
+    )
+    point = constraint.linearise(torch.full((5, 1), 3.0), torch.arange(5))
+    step = torch.tensor([[-12.5], [-12.5], [1.0], [-0.5], [-300.0]])
+    most = torch.tensor([1.0, 1.0, 1.0, 0.5, 1.0])
+    allowed = torch.tensor([0.0, 2.0, 0.0, 0.0, 0.0])
+    share = point.share(step, most, allowed)
+    assert share[[1, 2, 3]].tolist() == [1.0, 0.0, 0.5]  # allowed to; there is none; fits
+    after = torch.atan(3 + share[:, None] * step).abs()[:, 0]
+    assert 0.05 <= float(share[0]) < 1
+    assert float(after[0]) < float(torch.atan(torch.tensor(3.0)))
+    assert 0 < float(share[4]) < 0.1
+    assert float(after[4]) < float(after[3])

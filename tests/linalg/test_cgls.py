@@ -253,3 +253,25 @@ def test_the_largest_singular_value_of_nothing():
     assert not largest_singular_value_of_each(
         *products(matrix), torch.ones(COUNT, 3).double()
     ).any()
+
+
+def test_every_sample_has_a_tolerance_of_its_own():
+    matrix = normal(0, 30, 30) + 8 * torch.eye(30)
+    right = normal(1, 1, 30).expand(3, 30)
+    tolerance = torch.tensor([1e-1, 1e-4, 1e-8])
+
+    def solve(tolerance, miss, right):
+        return cgls(
+            lambda d: d @ matrix.T, lambda r: r @ matrix, right,
+            tolerance=tolerance, miss=miss, max_steps=60,
+        )  # fmt: skip
+
+    for miss in (0.0, tolerance):
+        found, went = solve(tolerance, miss, right)
+        for k in range(3):
+            own = miss if isinstance(miss, float) else float(miss[k])
+            alone, steps = solve(float(tolerance[k]), own, right[k : k + 1])
+            torch.testing.assert_close(found[k], alone[0])
+            assert int(went.steps[k]) == int(steps.steps[0])
+        assert went.steps.tolist() == sorted(went.steps.tolist())
+        assert went.steps[0] < went.steps[2]
