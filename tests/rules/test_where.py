@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from frfx.rules import where as where_module
 from frfx.rules.where import where, where_equal
 
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
@@ -46,12 +48,19 @@ def test_where(dtype, data):
 
 
 @each_dtype
-@given(data=st.data())
-def test_where_equal(dtype, data):
+@given(data=st.data(), part=st.sampled_from([3, 1 << 18]))
+def test_where_equal(dtype, data, part):
+    """All at once, or in parts."""
     given, other, a, b = tensors(data, dtype, 4)
     other = torch.where(a > 0, given, other)
     before = [t.clone() for t in (given, other, a, b)]
-    assert_same_bits(where_equal(given, other, a, b), torch.where(given == other, a, b))
+    with patch.object(where_module, "_CACHED", part):
+        found = where_equal(given, other, a, b)
+        near = where_equal(given, other, a, b, 1e-3)
+    assert_same_bits(found, torch.where(given == other, a, b))
+    if dtype != torch.bfloat16:  # whose products are rounded elsewhere
+        expected = torch.where((given - other).abs() <= 1e-3 * (b - a).abs(), a, b)
+        assert_same_bits(near, expected)
     for now, then in zip((given, other, a, b), before, strict=True):
         assert_same_bits(now, then)
 
