@@ -180,9 +180,12 @@ class Op:
             list are named ``tensors[0]``, ``tensors[1]``, ...
         arguments: The constant arguments by canonical name. In a sequence, what the graph holds
             is named: ``("tensors[0]", "tensors[1]")``.
-        computed: Names of arguments that the graph computes, so no rule can read them.
+        computed: Names of arguments that the graph computes from activations or their sizes, so no
+            rule can read them.
         module: The module that the node calls, if it calls one.
-        tensor_of: The model's tensors among the arguments; each value reads the tensor anew.
+        tensor_of: The model's tensors among the arguments, and those that the graph computes from
+            them alone; each value reads the tensor anew.
+        made_of: Of the latter, what the graph computes them from.
         size_of: What the graph computes from sizes alone among the arguments; each value reads it
             from the values of the graph's nodes, by name.
         input_shapes: Shapes of the activations that come in, without the batch; None until known.
@@ -200,6 +203,7 @@ class Op:
     computed: tuple[str, ...] = ()
     module: nn.Module | None = None
     tensor_of: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    made_of: Mapping[str, Callable[[], list[Tensor]]] = field(default_factory=dict)
     size_of: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     input_shapes: tuple[Shape, ...] | None = None
     output_shape: Shape | None = None
@@ -218,7 +222,8 @@ class Op:
     def tensors(self) -> list[Tensor]:
         """Return every parameter and buffer of the model that the op reads."""
         if self.module is None:
-            return [read() for read in self.tensor_of.values()]
+            own = [read() for name, read in self.tensor_of.items() if name not in self.made_of]
+            return own + [tensor for read in self.made_of.values() for tensor in read()]
         # What torch's own generators yield, which are slow to start at every call.
         modules = self.module.modules() if self.module._modules else (self.module,)
         held = (group for m in modules for group in (m._parameters, m._buffers))

@@ -52,7 +52,8 @@ rule for
 - `getitem` of a tuple (of a chunk, a split, an attention): the walk puts the parts together, and
   one that nobody asks for stays;
 - sizes and what is computed from them (`x.shape`, `size`, `len`, arithmetic), parameters and
-  buffers that the forward reads, constants that it makes;
+  buffers that the forward reads and what it computes from them alone (a weight that is normalised,
+  viewed or parametrized), constants that it makes;
 - what the layer does not reach: it is held at its forward value.
 
 ## Rules that only a policy names

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from frfx import ops
+from frfx.compiler.computed import Computed
 from frfx.compiler.trace import Traced
 from frfx.ops import Op
 
@@ -94,6 +95,7 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
     computed: list[str] = []
     tensor_of: dict[str, Callable[[], Tensor]] = {}
     size_of: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
+    made_of: dict[str, Callable[[], list[Tensor]]] = {}
 
     def enter(name: str, value: Any) -> None:
         if isinstance(value, fx.Node) and value in live:
@@ -102,6 +104,8 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
             tensor_of[name] = functools.partial(_read, traced.root, str(value.target))
         elif isinstance(value, Tensor) and module is not None:
             tensor_of[name] = functools.partial(_read, module, name)
+        elif isinstance(value, fx.Node) and (made := Computed.of(value, traced.root)):
+            tensor_of[name], made_of[name] = made, made.tensors
         elif nodes := _nodes(value):  # is one, or holds some, as a slice may
             computed.append(name)
             if all(map(_is_size, nodes)):
@@ -134,6 +138,7 @@ def bind(node: fx.Node, traced: Traced, live: set[fx.Node]) -> Op:
         computed=tuple(computed),
         module=module,
         tensor_of=tensor_of,
+        made_of=made_of,
         size_of=size_of,
     )
 

@@ -16,7 +16,7 @@ template <typename T>
 __device__ bool is_rounding(T difference, T step) {
   const bool wide = sizeof(T) == 8;
   const T share = T(wide ? 1.8189894035458565e-12 : 6.415304e-06);
-  return abs(difference) <= share * abs(step);
+  return abs(difference) < share * abs(step) + T(wide ? 2.2250738585072014e-308 : 1.17549435e-38);
 }
 
 struct Identity {

@@ -35,26 +35,27 @@ def where_equal(
         other: What it is compared with.
         a: Taken where they are equal.
         b: Taken where they are not.
-        rounding: Two that differ by no more than this share of what a and b do are equal, too.
+        rounding: Two that differ by less than this share of what a and b do are equal, too.
     """
     if not given.dtype == other.dtype == a.dtype == b.dtype or not _has_bits(given, other, a, b):
         if rounding:
-            return torch.where((given - other).abs() <= rounding * (b - a).abs(), a, b)
+            reach = rounding * (b - a).abs() + torch.finfo(b.dtype).tiny
+            return torch.where((given - other).abs() < reach, a, b)
         return torch.where(given == other, a, b)
     if b.numel() <= _CACHED or not b.shape == a.shape == given.shape == other.shape:
         return _where_equal(given, other, a, b, rounding)
     result = torch.empty_like(b, memory_format=torch.contiguous_format)
     parts = (t.reshape(-1).split(_CACHED) for t in (given, other, a, b, result))
-    for *those, out in zip(*parts, strict=True):
-        out.copy_(_where_equal(*those, rounding))
+    for g, o, x, y, out in zip(*parts, strict=True):
+        out.copy_(_where_equal(g, o, x, y, rounding))
     return result
 
 
 def _where_equal(given: Tensor, other: Tensor, a: Tensor, b: Tensor, rounding: float) -> Tensor:
     equal = torch.empty_like(given)  # 1 and 0, as numbers
     if rounding:
-        reach = torch.sub(b, a).abs_().mul_(rounding)
-        torch.le(torch.sub(given, other, out=equal).abs_(), reach, out=equal)
+        reach = torch.sub(b, a).abs_().mul_(rounding).add_(torch.finfo(b.dtype).tiny)
+        torch.lt(torch.sub(given, other, out=equal).abs_(), reach, out=equal)
     else:
         torch.eq(given, other, out=equal)
     if equal.numel() == 0 or not bool(equal.amax()):

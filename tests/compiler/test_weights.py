@@ -257,22 +257,98 @@ def with_weight_norm(model):
     parametrizations.weight_norm(model[2])
 
 
-@pytest.mark.parametrize("wrap", [with_parametrization, with_weight_norm])
-def test_parametrized_weights_are_a_clear_error(wrap):
-    """They are computed in the graph; the numbers of the layers stay what they were."""
+def with_spectral_norm(model):
+    parametrizations.spectral_norm(model[2])
+
+
+def with_orthogonal_weight(model):
+    parametrizations.orthogonal(model[2])
+
+
+PARAMETRIZED = [with_parametrization, with_weight_norm, with_spectral_norm, with_orthogonal_weight]
+
+
+@pytest.mark.filterwarnings("ignore::frfx.ConditionWarning")
+@pytest.mark.parametrize("wrap", PARAMETRIZED)
+def test_parametrized_weights_are_computed_as_the_model_does(wrap):
+    """Right at once and after a change; the numbers of the layers stay what they were."""
     model = mlp()
     numbers = [row.index for row in frfx.layers(model) if row.index is not None]
     wrap(model)
     assert [row.index for row in frfx.layers(model) if row.index is not None] == numbers
-    with pytest.raises(frfx.UnsupportedOpsError) as caught:
-        frfx.invert(model, 1)
-    (op,) = caught.value.ops
-    assert op.path == "2.linear"
-    assert op.reason == "its weight is computed in the graph, not read from the model"
-    behind = frfx.invert(model, 2)
+    inverse = frfx.invert(model.eval(), 1)
+
+    def plain() -> torch.Tensor:
+        twin = mlp()
+        with torch.no_grad():
+            twin[2].weight.copy_(model[2].weight)
+            twin[2].bias.copy_(model[2].bias)
+        return frfx.invert(twin, 1)(*flat_batch())
+
+    torch.testing.assert_close(inverse(*flat_batch()), plain())
+    assert next(row for row in inverse.summary() if row.node == "2.linear").solver == "dense"
+    (factor,) = inverse.inverse.linear.factors.values()
+    inverse(*flat_batch())
+    assert inverse.inverse.linear.factors[()] is factor  # nothing has changed
+    source = next(model[2].parametrizations.weight.parameters())
     with torch.no_grad():
-        expected = frfx.invert(model[4], "input")(model[:4](flat_batch()[0]), flat_batch()[1])
-    torch.testing.assert_close(behind(*flat_batch()), expected)
+        source.mul_(torch.linspace(0.5, 2, source.numel()).view(source.shape))
+    torch.testing.assert_close(inverse(*flat_batch()), plain())
+    assert inverse.inverse.linear.factors[()] is not factor
+    doubled = copy.deepcopy(inverse).double()
+    x, y = flat_batch()
+    torch.testing.assert_close(doubled(x.double(), y).float(), plain(), rtol=1e-3, atol=1e-3)
+
+
+class Scaled(nn.Module):
+    """A convolution whose output is scaled by a view of a parameter, and a head of cosines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.scale = nn.Conv2d(3, 4, 3), nn.Parameter(torch.linspace(0.5, 2, 4))
+        self.shift, self.head = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(5, 16))
+
+    def forward(self, x):
+        x = self.conv(x) * self.scale.view(-1, 1, 1).exp() + self.shift[:, None, None]
+        return nn.functional.linear(torch.tanh(x).flatten(1), nn.functional.normalize(self.head))
+
+
+def test_parameters_may_be_viewed_scaled_and_normalised():
+    model, x, y = Scaled().eval(), torch.randn(3, 3, 4, 4), torch.tensor([1, 0, 4])
+    inverse = frfx.invert(model, "x")
+    for _ in range(2):
+        nodes = inverse.reconstruct(x, y)
+        with torch.no_grad():
+            head = nn.functional.normalize(model.head).double()
+            scale = model.scale.view(-1, 1, 1).exp()
+            tanh = nodes["flatten"].forward.double()
+            logits = tanh @ head.T
+            wanted = frfx.nearest_embedding(logits, y)
+            expected = tanh + (wanted - logits) @ torch.linalg.pinv(head).T
+            found = nodes["flatten"].target.double()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            shifted = nodes["mul"].target
+            torch.testing.assert_close(nodes["conv"].target, shifted / scale)
+            model.scale.add_(1)
+            model.head.neg_()
+
+
+class FromActivations(nn.Module):
+    """Its weight depends on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x):
+        return nn.functional.linear(torch.tanh(x), self.head * x.mean())
+
+
+def test_weights_that_depend_on_the_input_are_a_clear_error():
+    with pytest.raises(frfx.UnsupportedOpsError) as caught:
+        frfx.invert(FromActivations(), "tanh")
+    assert "linear" in [op.path for op in caught.value.ops]
 
 
 def test_parametrized_weights_before_the_layer_are_followed():

@@ -59,7 +59,8 @@ def test_where_equal(dtype, data, part):
         near = where_equal(given, other, a, b, 1e-3)
     assert_same_bits(found, torch.where(given == other, a, b))
     if dtype != torch.bfloat16:  # whose products are rounded elsewhere
-        expected = torch.where((given - other).abs() <= 1e-3 * (b - a).abs(), a, b)
+        reach = 1e-3 * (b - a).abs() + torch.finfo(dtype).tiny
+        expected = torch.where((given - other).abs() < reach, a, b)
         assert_same_bits(near, expected)
     for now, then in zip((given, other, a, b), before, strict=True):
         assert_same_bits(now, then)
