@@ -34,14 +34,20 @@ class SwappedForward(Pooling):
     """What is pooled of the activation, and what the inversion reads beside it.
 
     That is what is pooled before the activation; or where the model's own calls run in their order,
-    the activation, all of it.
+    or windows leave entries that the inversion needs, the activation, all of it.
+
+    Attributes:
+        passes: Whether the inversion passes targets through the activation.
     """
+
+    passes = False
 
     def forward(self, x: Tensor) -> Parts:  # type: ignore[override]
         """Return the pooled activation, and either of the two; None for the other."""
         _, activation, pool = self._calls
         assert activation is not None
-        if not self._commutes(x):
+        left = self.passes and not all(axis.complete for axis in self._axes(tuple(x.shape[2:])))
+        if left or not self._commutes(x):
             activated = activation(x)
             return pool(activated), None, activated
         pooled = self._pooled(x, None)
@@ -181,7 +187,7 @@ def write(chain: Sequence[Stage], walk: Walk, shorter: Shorter) -> None:
     op = pool.step.op
     unpool, activation = walk.inversion(pool), walk.inversion(stage)
     forward = SwappedForward(op, call_of(pool.step.node, walk.root), call)
-    forward.backend = unpool.backend
+    forward.backend, forward.passes = unpool.backend, isinstance(activation, PassThrough)
     x, y = (shorter.copy(walk.copies[n]) for n in (stage.step.inputs[0], pool.step.node))
     with shorter.graph.inserting_before(y):
         both = shorter.graph.call_module(shorter.add_forward(op.name, forward), (x,))

@@ -38,6 +38,7 @@ class OutputConstraint:
     Attributes:
         forcing: The share of what is missing that the next step may leave, shape (N,): by which
             the last one was off what it had promised.
+        poor: Whether that was more than a step may leave, shape (N,).
 
     Reference:
         Eisenstat and Walker (1996), Choosing the forcing terms in an inexact Newton method.
@@ -47,8 +48,10 @@ class OutputConstraint:
         self.region, self.target, self.iterations = region, target, iterations
         missing = (target - output).flatten(1)
         rounding = 16 * torch.finfo(output.dtype).eps * output.flatten(1).norm(dim=1)
-        self.slack = (_MET * missing.norm(dim=1)).maximum(rounding)
+        slack = (_MET * missing.norm(dim=1)).maximum(rounding)
+        self.slack = torch.where(slack.isfinite(), slack, 0)
         self.forcing = torch.full_like(self.slack, _FORCING)
+        self.poor = torch.zeros_like(self.slack, dtype=torch.bool)
         self._promised = missing
         self._began = torch.full_like(self.slack, torch.inf)
 
@@ -63,11 +66,18 @@ class OutputConstraint:
         off = (point.residual - self._promised[rows]).norm(dim=1) / self._began[rows]
         known = self._began[rows].isfinite()
         self.forcing[rows] = torch.where(known, off.clamp(max=_FORCING), _FORCING)
+        self.poor[rows] = known & ~(off < _FORCING)
         return point
 
     def expect(self, rows: Tensor, missing: Tensor, promised: Tensor) -> None:
-        """Note what some samples miss, (L, m), and what they will by their linearisation."""
-        self._promised[rows], self._began[rows] = promised, missing.norm(dim=1)
+        """Note how much some samples miss, (L,), and what they will by their linearisation, (L, m).
+
+        Args:
+            rows: The samples.
+            missing: Infinite where that is not to be compared.
+            promised: What they will miss.
+        """
+        self._promised[rows], self._began[rows] = promised, missing
 
 
 class OutputPoint:
@@ -97,11 +107,11 @@ class OutputPoint:
         steps = 2 * min(asked.offset.shape[1], missing.shape[1]) + 2
         tolerance: Tensor | float = 0.1 * torch.finfo(missing.dtype).eps ** 0.5
         if steps > constraint.iterations:
-            left = torch.where(
-                self.reached,
-                _FORCING * constraint.slack[rows],
-                constraint.forcing[rows] * self.violation,
-            )
+            goal, forcing = _FORCING * constraint.slack[rows], constraint.forcing[rows]
+            # As exact as brings it there in the steps that are left, unless these are worth little.
+            enough = (goal / self.violation) ** (1 / asked.left)
+            forcing = torch.where(constraint.poor[rows], forcing, forcing.minimum(enough))
+            left = torch.where(self.reached, goal, forcing * self.violation)
             share = (left / missing.norm(dim=1)).nan_to_num(nan=_FORCING)
             tolerance = share.clamp(tolerance, _FORCING)
         solution, _ = cgls(
@@ -131,11 +141,12 @@ class OutputPoint:
             first = 2 * gone * slope[index]
             more = violation.square() - self.violation[index].square()
             gains = more <= _DECREASE * first.clamp(max=0)
-            fits = reached | gains | (violation <= allowed[index])
+            fits = reached | gains | (violation <= allowed[index]) & violation.isfinite()
             least = (-0.5 * first * gone / (more - first)).nan_to_num(nan=0)
             shorter = least.maximum(0.1 * gone).minimum(0.5 * gone)
             share[index] = torch.where(fits, gone, shorter)
             index = index[~fits]
         share[index] = 0
-        constraint.expect(rows, self.residual, self.residual - share[:, None] * image)
+        began = torch.where(share > 0, self.violation, torch.inf)  # nothing is told of no step
+        constraint.expect(rows, began, self.residual - share[:, None] * image)
         return share

@@ -15,11 +15,11 @@ _PATIENCE = 2
 moved from where it is, by the least step to the target."""
 
 _HOPS = 2
-"""How many steps in a row may miss by more than the least so far, where steps are searched, ..."""
+"""How many steps in a row may gain nothing, where steps are searched: beyond a kink it may take
+more than one. Then the sample goes back to where it missed least, and every step must gain."""
 
 _GROWTH = 2.0
-"""... and how often that least they may miss by. Beyond a kink it may take more than one step to
-gain; where they do not, the sample goes back to where it missed least, and every step must gain."""
+"""How often what is missing at least such a step may miss."""
 
 _JUMPS = 2
 """How often a sample that no part of a step brings nearer then takes the whole all the same."""
@@ -44,6 +44,7 @@ class Subproblem:
             least, shape (L,).
         use_cut: Where that is asked for, shape (L,), bool.
         wanted: For which samples the correction is asked, shape (L,), bool; 0 for the others.
+        left: How many steps there are, this one among them.
     """
 
     offset: Tensor
@@ -52,6 +53,7 @@ class Subproblem:
     behind: Tensor
     use_cut: Tensor
     wanted: Tensor
+    left: int
 
 
 class Point(Protocol):
@@ -68,7 +70,7 @@ class Point(Protocol):
 class SearchedPoint(Point, Protocol):
     """One from which a step that gains nothing is shortened before it is gone.
 
-    From others, the step after the next one is halved.
+    From others it is halved afterwards, if two in a row have gained nothing.
     """
 
     def share(self, step: Tensor, most: Tensor, allowed: Tensor) -> Tensor:
@@ -148,6 +150,7 @@ def nearest_feature(
         gain = best.update(rows, at, distance, violation, reached, count)
         if count == steps:
             break
+        returns = live.lost(point, best.reached[rows]) if searched else torch.zeros_like(reached)
         worse = ~reached & (violation >= live.before) & live.restored & (not searched)
         stalls = worse & live.worse | violation.isinf()
         live.worse = worse
@@ -160,7 +163,8 @@ def nearest_feature(
         weight = torch.where(reached, live.weight, (~restored).to(at.dtype))
         use_cut = live.has_cut & ~reached
         behind = (1 - live.share) * live.slope
-        asked = Subproblem(offset, weight, live.cut, behind, use_cut, ~(done | stalls))
+        wanted = ~(done | stalls | returns)
+        asked = Subproblem(offset, weight, live.cut, behind, use_cut, wanted, steps - count)
         found = point.correct(asked)
         whole = weight == 1
         done |= reached & whole & (distance <= (1 + tolerance) * _norm(found))
@@ -170,12 +174,12 @@ def nearest_feature(
             step = torch.where(stalls[:, None], live.step, step)
             found = torch.where(stalls[:, None], live.cut, found)
         length = _norm(step)
-        done |= ~reached & (length == 0)  # nothing that it could do moves it
+        done |= ~reached & ~returns & (length == 0)  # nothing that it could do moves it
         longest = _REACH[min(count, 1)] * size[rows]
         share = (longest / length).clamp(max=1).nan_to_num(nan=1)
-        returns = None
         if isinstance(point, SearchedPoint):
-            share, returns = live.search(point, step, share, best.reached[rows], restored)
+            met = best.reached[rows]
+            share = live.search(point, step, torch.where(wanted, share, 0), met, wanted & restored)
             done |= live.jumps > _JUMPS
         slope = torch.linalg.vecdot(found, step)
         moved = share
@@ -192,7 +196,7 @@ def nearest_feature(
         live.before, live.restored = violation, restored
         live.step, live.cut = step, found
         live.at = torch.addcmul(at, moved[:, None], step)
-        if returns is not None:
+        if searched:
             live.at = torch.where(returns[:, None], best.at[rows], live.at)
         live.keep(~done)
     report = Report(best.reached, best.steps, best.distance, best.violation)
@@ -277,32 +281,40 @@ class _Live:
         self.strict = torch.zeros(count, dtype=torch.bool, device=device)
         self.jumps = torch.zeros(count, dtype=torch.long, device=device)
 
+    def lost(self, point: Point, met: Tensor) -> Tensor:
+        """Return which samples go back to where they missed least, for good.
+
+        Args:
+            point: Where the samples are.
+            met: Which have met the constraint before: they may leave it to come nearer.
+        """
+        self.hops = torch.where((point.violation < self.lowest) | met, 0, self.hops + 1)
+        self.lowest = self.lowest.minimum(point.violation)
+        lost = ~point.reached & ~self.strict & (self.hops > _HOPS)
+        self.strict = self.strict | lost
+        return lost
+
     def search(
         self, point: SearchedPoint, step: Tensor, most: Tensor, met: Tensor, restored: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return how much of a step is gone, and which samples go back to where they missed least.
+    ) -> Tensor:
+        """Return how much of a step is gone.
 
         Args:
             point: Where the samples are.
             step: The steps.
-            most: How much of them may be gone.
-            met: Which samples have met the constraint before: they may leave it to come nearer.
+            most: How much of them may be gone; 0 where none is asked for.
+            met: Which samples have met the constraint before.
             restored: Which take the least step to the target.
         """
-        violation, missed = point.violation, ~point.reached
-        self.hops = torch.where((violation < self.lowest) | met, 0, self.hops + 1)
-        self.lowest = self.lowest.minimum(violation)
-        returns = missed & ~self.strict & (self.hops > _HOPS)
-        strict = self.strict | returns
-        allowed = torch.where(strict, 0, _GROWTH * self.lowest)
+        allowed = torch.where(self.strict, 0, _GROWTH * self.lowest)
         share = point.share(step, most, torch.where(met, torch.inf, allowed))
-        stuck = missed & ~returns & (share == 0)
+        stuck = ~point.reached & (share == 0) & (most > 0)
         jumps = stuck & restored
         # The others are restored next.
         self.misses = torch.where(stuck, self.misses.clamp(min=_PATIENCE), self.misses)
         self.jumps = self.jumps + jumps
-        self.strict, self.hops = strict & ~jumps, torch.where(jumps, 0, self.hops)
-        return torch.where(jumps, most, share), returns
+        self.strict, self.hops = self.strict & ~jumps, torch.where(jumps, 0, self.hops)
+        return torch.where(jumps, most, share)
 
     def keep(self, chosen: Tensor) -> None:
         """Let the other samples leave."""

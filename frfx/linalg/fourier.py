@@ -294,16 +294,15 @@ class FourierMap:
         if not real:  # fast transforms back do not divide by the size of the grid
             torch.view_as_real(out).div_(math.prod(self.grid.size))
 
-    def chunks(self, frequencies: Tensor | None = None) -> Iterator[tuple[slice, Any]]:
-        """Yield the matrices at frequencies, those of the form unless others are given.
-
-        All at once if they are kept.
-        """
-        if not self.streams:
+    def chunks(self) -> Iterator[tuple[slice, Any]]:
+        """Yield the matrices, all at once if they are kept."""
+        if self.streams:
+            yield from self.anew(self.grid.frequencies(self.form))
+        else:
             yield slice(None), self._kept
-            return
-        if frequencies is None:
-            frequencies = self.grid.frequencies(self.form)
+
+    def anew(self, frequencies: Tensor) -> Iterator[tuple[slice, Any]]:
+        """Yield the matrices at frequencies, made piece by piece."""
         for part, some in self._pieces(frequencies):
             yield part, self.backend.constant(self.at(some, self.form == "dft"))
 

@@ -163,4 +163,4 @@ class KernelMap:
         """Yield the matrices that spectra are multiplied by, all at once if they are kept."""
         if self._kept is not None:
             return iter([(slice(None), self._kept)])
-        return self._map.chunks(None if self._plane is None else self._frequencies)
+        return self._map.chunks() if self._plane is None else self._map.anew(self._frequencies)

@@ -59,8 +59,9 @@ def addmm(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return what `torch.nn.functional.linear` does."""
-    if x.ndim == 2 and not is_recorded(x, weight, bias):
-        if _serves(x, weight.mT):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if x.ndim == 2 and not autocast and not is_recorded(x, weight, bias):
+        if _serves(x, weight.mT) and (bias is None or _is_plain(bias, weight)):
             return _by_onednn(x, weight.mT, bias)
         if bias is not None and x.is_cuda and x.dtype == torch.float32 and x.shape[1] >= _LONG:
             return F.linear(x, weight, bias) if _in_tf32() else (x @ weight.mT).add_(bias)
@@ -78,6 +79,12 @@ def _in_tf32() -> bool:
         return bool(matmul.allow_tf32)
     except RuntimeError:  # by the newer setting, of which this one does not know
         return bool(matmul.fp32_precision == "tf32")
+
+
+def _is_plain(bias: Tensor, weight: Tensor) -> bool:
+    """Tell whether a bias is what oneDNN takes it for: it asks for no strides and no sizes."""
+    plain = bias.is_cpu and bias.is_contiguous() and bias.dtype == weight.dtype
+    return plain and bias.shape == weight.shape[:1]
 
 
 def _serves(a: Tensor, b: Tensor) -> bool:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import frfx
+from tests.oracles import Apply
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -332,6 +334,38 @@ def test_parameters_may_be_viewed_scaled_and_normalised():
             torch.testing.assert_close(nodes["conv"].target, shifted / scale)
             model.scale.add_(1)
             model.head.neg_()
+
+
+READ = {
+    "conv": (lambda x, w: F.conv2d(x, w), (3, 2, 2, 2), (2, 5, 5)),
+    "conv_transpose": (lambda x, w: F.conv_transpose2d(x, w), (2, 3, 2, 2), (2, 5, 5)),
+    "linear": (lambda x, w: F.linear(x, w), (3, 5), (5,)),
+    "batch_norm": (lambda x, w: F.batch_norm(x, w[0], w[1]), (2, 3), (3, 4)),
+    "group_norm": (lambda x, w: F.group_norm(x, 1, w), (3,), (3, 4)),
+    "layer_norm": (lambda x, w: F.layer_norm(x, (4,), w), (4,), (3, 4)),
+    "mul": (lambda x, w: x * w, (4,), (3, 4)),
+    "add": (lambda x, w: x + w, (4,), (3, 4)),
+    "prelu": (lambda x, w: F.prelu(x, w), (3,), (3, 4)),
+    "matmul": (lambda x, w: x @ w, (4, 5), (3, 4)),
+    "einsum": (lambda x, w: torch.einsum("nij,jk->nik", x, w), (4, 5), (3, 4)),
+    "addmm": (lambda x, w: torch.addmm(w[0], x, w), (4, 5), (4,)),
+}
+
+
+@pytest.mark.parametrize("function", [lambda w: w.exp() / 2, lambda w: w.abs().clamp(min=0.1)])
+@pytest.mark.parametrize(("op", "shape", "size"), READ.values(), ids=READ)
+def test_what_is_computed_is_a_tensor_like_any_other(op, shape, size, function):
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape), torch.randn(3, *size)
+    model = Apply(lambda x, w: op(x, function(w)), w=weight).eval()
+    plain = Apply(op, w=function(weight)).eval()
+    target = plain(x).detach() + 0.1 * torch.rand(plain(x).shape)
+    inverse, expected = (frfx.invert(m, "x", policy="minimal") for m in (model, plain))
+    torch.testing.assert_close(inverse(x, target), expected(x, target))
+    with torch.no_grad():
+        model.w.add_(0.3)
+        plain.w.copy_(function(model.w))
+    torch.testing.assert_close(inverse(x, target), expected(x, target))
 
 
 class FromActivations(nn.Module):

@@ -250,7 +250,7 @@ def test_who_is_not_asked_gets_no_correction():
     )
     nothing, no = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.bool)
     zeros, asked = nothing[0], torch.tensor([False, True])
-    found = point.correct(Subproblem(nothing, zeros + 1, nothing, zeros, no, asked))
+    found = point.correct(Subproblem(nothing, zeros + 1, nothing, zeros, no, asked, left=1))
     assert found[0].tolist() == [0, 0]
     row = torch.tensor([1 / 4 - 1, 1 / 6 - 1], dtype=torch.float64)
     expected = row * (13 - 5 + 0.1) / row.square().sum()

@@ -185,6 +185,31 @@ def test_many_numbers_of_an_affine_tail_are_solved_for_exactly():
     found = inverse(x, target)
     assert relative(found, torch.linalg.solve(weight, target.T).T) < 1e-6
     assert inverse.report["x"].steps.tolist() == [2, 2, 2]
+    inverse = frfx.invert(model, "x", policy=frfx.policy.joint(steps=1))  # there is no second
+    assert relative(inverse(x, target), torch.linalg.solve(weight, target.T).T) < 1e-3
+    assert bool(inverse.report["x"].reached.all())
+
+
+def test_few_steps_are_more_exact():
+    """Towards a target that is near a tail that is nearly affine."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 100)).double().eval()
+    x = normal(0, 8, 100)
+    target = model(x + 0.02 * normal(1, 8, 100)).detach()
+    for steps in (3, 12):
+        policy = frfx.policy.joint(steps=steps, iterations=200, unreached="ignore")
+        inverse = frfx.invert(model, 0, policy=policy)
+        inverse(x, target)
+        assert bool(inverse.report["input"].reached.all())
+
+
+@pytest.mark.parametrize("size", [1e20, 1e38])
+def test_targets_whose_norm_overflows_are_not_reached(size):
+    model, x = nn.Linear(6, 6).eval(), torch.randn(2, 6)
+    inverse = frfx.invert(nn.Sequential(model), 0, policy=frfx.policy.joint(unreached="ignore"))
+    found = inverse(x, torch.full((2, 6), size))
+    assert bool(found.isfinite().all())
+    assert not inverse.report["input"].reached.any()
 
 
 class Scalar(nn.Module):

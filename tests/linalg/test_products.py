@@ -115,6 +115,34 @@ def test_linear_layers_are_those_of_double(batch, k, n, bias, dtype, seed):
     assert counter.count == plain
 
 
+BIASES = {
+    "strided": torch.randn(5, 2)[:, 0],
+    "expanded": torch.randn(1).expand(5),
+    "one number": torch.randn(1),
+    "no dimension": torch.tensor(2.0),
+    "a row": torch.randn(1, 5),
+    "a row a sample": torch.randn(4, 5),
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+def test_any_bias_that_torch_takes(bias):
+    x, weight = normal(0, 4, 3).float(), normal(1, 5, 3).float()
+    found = products.linear(x, weight, bias)
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias))
+
+
+@needs_onednn
+def test_a_product_is_of_the_type_that_autocast_asks_for():
+    x, weight, bias = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = products.linear(x, weight, bias)
+        expected = torch.nn.functional.linear(x, weight, bias)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
 @needs_onednn
 @pytest.mark.parametrize("which", range(3))
 def test_gradients_of_linear_layers_are_torchs(which):

@@ -347,12 +347,12 @@ def test_a_matrix_of_the_model_is_factored_once():
 
 REFUSED = {
     "computed operand": (
-        lambda x, w: x @ w.exp(),
+        lambda x, w: x @ (w * x.size(0)),
         vocabulary.matmul,
         "its other is computed in the graph, not read from the model",
     ),
     "computed operand of einsum": (
-        lambda x, w: torch.einsum("ij,jk", x, w.exp()),
+        lambda x, w: torch.einsum("ij,jk", x, w * x.size(0)),
         vocabulary.einsum,
         "its right is computed in the graph, not read from the model",
     ),
@@ -367,7 +367,7 @@ REFUSED = {
         "it would have to reconstruct its input, which it does not multiply",
     ),
     "computed operand in a list": (
-        lambda x, w: torch.ops.aten.einsum.default("ij,jk", [x, w.exp()]),
+        lambda x, w: torch.ops.aten.einsum.default("ij,jk", [x, w * x.size(0)]),
         vocabulary.einsum,
         "one of its operands is computed in the graph, not read from the model",
     ),

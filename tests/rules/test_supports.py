@@ -19,14 +19,14 @@ W = {"w": torch.ones(3, 3, 1, 1)}
 COMPILED = {
     # Convolutions
     "computed kernel": (
-        lambda x, w: F.conv2d(x, w * 2),
+        lambda x, w: F.conv2d(x, w * x.size(1)),
         "its weight is computed in the graph, not read from the model",
         W,
     ),
     "kernel from the input": (lambda x, w: F.conv2d(w, x), "it is applied to x, not to one", W),
     # Linear
     "computed weight": (
-        lambda x, w: F.linear(x, w.t()),
+        lambda x, w: F.linear(x, w.t() / x.size(1)),
         "its weight is computed in the graph, not read from the model",
         {"w": torch.ones(3, 2)},
     ),
@@ -84,12 +84,12 @@ COMPILED = {
         {"w": torch.ones(3)},
     ),
     "computed variance": (
-        lambda x, w: F.batch_norm(x, w, w.exp()),
+        lambda x, w: F.batch_norm(x, w, w * x.size(1)),
         "its running_var is computed in the graph",
         {"w": torch.ones(3)},
     ),
     "computed scale of a norm": (
-        lambda x, w: F.group_norm(x, 1, w * 2),
+        lambda x, w: F.group_norm(x, 1, w * x.size(1)),
         "its weight is computed in the graph",
         {"w": torch.ones(3)},
     ),
@@ -101,7 +101,7 @@ COMPILED = {
     "active dropout2d": (lambda x: F.dropout2d(x), "it drops at random in evaluation mode, too"),
     # Arithmetic
     "computed operand": (
-        lambda x, w: x * w.exp(),
+        lambda x, w: x * (w / x.size(1)),
         "its other operand is computed in the graph, not read from the model",
         {"w": torch.ones(3)},
     ),
@@ -117,7 +117,7 @@ COMPILED = {
     ),
     # Activations
     "computed slopes": (
-        lambda x, w: F.prelu(x, w * 2),
+        lambda x, w: F.prelu(x, w / x.size(1)),
         "its weight is computed in the graph",
         {"w": torch.ones(3)},
     ),
