@@ -156,7 +156,7 @@ class AffineInversion(FactoredInversion):
         return self._solver.prepare(self.linear_part(key), self.backend)
 
     def forward(self, target: Tensor | Copies, output: Tensor, *inputs: Tensor) -> Tensor:
-        """Return `x^ + A+ (y* - y^)`, of a target that may be copies which nobody has written out."""
+        """Return `x^ + A+ (y* - y^)`, of a target that may be copies, not written out."""
         (x,) = inputs
         with torch.autocast(x.device.type, enabled=False):
             factor = self.factor(x, output)
