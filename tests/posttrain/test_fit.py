@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 import frfx
@@ -351,3 +352,24 @@ def test_soft_labels_are_probabilities(model, digits):
     soft = 0.9 * torch.nn.functional.one_hot(y, 10).float() + 0.01
     (record,) = frfx.post_train(model, [(x, soft)], upto_layer=1, alpha=0, epochs=1)
     assert record.classification > 0
+
+
+def test_parametrized_layers_are_trained():
+    """What their weights are computed from is, and nothing else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        parametrizations.spectral_norm(nn.Linear(6, 8)), nn.Tanh(),
+        parametrizations.weight_norm(nn.Linear(8, 8)), nn.Tanh(),
+        parametrizations.weight_norm(nn.Linear(8, 3)),
+    )  # fmt: skip
+    x = torch.randn(60, 6)
+    batches = [(x[i : i + 20], x[i : i + 20, :3].argmax(1)) for i in range(0, 60, 20)]
+    before = copy.deepcopy(model.state_dict())
+    records = frfx.post_train(
+        model, batches, upto_layer=2, alpha=0.5, epochs=4, policy="minimal", targets="cache"
+    )
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {name.partition(".")[0] for name in changed} == {"0", "2"}
+    assert changed >= {"0.bias", "0.parametrizations.weight.original", "2.bias"}
+    assert not any("_u" in name or "_v" in name for name in changed)  # no power iteration
+    assert records[-1].loss < records[0].loss
