@@ -14,6 +14,9 @@ from torch import Tensor, fx, nn
 
 from frfx.weights import Weights
 
+_KEPT = "frfx.computed"
+"""Where a node keeps what `Computed.of` has found."""
+
 
 class Computed:
     """A tensor that no activation has a part in; computed anew when what it is made of changes.
@@ -72,24 +75,14 @@ class Computed:
 
     @torch.no_grad()
     def _compute(self) -> Any:
-        values: dict[fx.Node, Any] = {}
+        interpreter = fx.Interpreter(
+            self._root, garbage_collect_values=False, graph=self._node.graph
+        )
         with torch.inference_mode(False), torch.autocast(self._device, enabled=False):
             for node in self._made_of:
-                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-                if node.op == "get_attr":
-                    values[node] = operator.attrgetter(str(node.target))(self._root)
-                elif node.op == "call_module":
-                    values[node] = self._root.get_submodule(str(node.target))(*args, **kwargs)
-                elif node.op == "call_method":
-                    values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                else:
-                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return values[self._node]
+                interpreter.env[node] = interpreter.run_node(node)
+        return interpreter.env[self._node]
 
     @property
     def _device(self) -> str:
         return next((t.device.type for t in self.tensors()), "cpu")
-
-
-_KEPT = "frfx.computed"
-"""Where a node keeps it."""
