@@ -24,6 +24,7 @@ from frfx.ops import Op, OpType, Shape
 from frfx.registry import register_rule
 from frfx.rules import dip, preimage
 from frfx.rules.base import FactoredInversion, Inversion, Rule, one_input
+from frfx.rules.parts import by_parts
 from frfx.rules.shape import PassThrough
 from frfx.rules.where import where_equal
 
@@ -69,6 +70,9 @@ class ElementwiseInversion(Inversion):
         kernels = self.backend.kernels_for(target, output, x)
         if kernels and self.functor:
             return kernels.preimage(self.functor, target, output, x, self.limits)
+        return by_parts(self._nearest, target, output, x)
+
+    def _nearest(self, target: Tensor, output: Tensor, x: Tensor) -> Tensor:
         wanted = target.clamp(*self.limits)
         had = output.to(target.dtype).clamp(*self.limits)
         preimage = self.function.nearest(wanted, x, **self.arguments)

@@ -1,7 +1,13 @@
-"""Nearest preimages under the functions that fall to one minimum and rise from it on."""
+"""Nearest preimages under the functions that fall to one minimum and rise from it on.
+
+Either branch of the inverse is smooth in a coordinate of its own: in `sqrt(y - min)` to the right
+of the minimum, in `sqrt(log(min / y))` to the left of it, down to the smallest y. So tables give
+its first digits, and few of Newton's steps the others, the same number for all entries.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,24 +19,29 @@ from torch.nn import functional as F
 from frfx.recording import is_recorded
 from frfx.rules.where import where
 
+_CELLS = 1 << 12
+"""Intervals of a table."""
+
+_RIGHT_END = 40.0
+"""The y from which on they are their own preimages, in double precision."""
+
+_LEFT_END = -torch.finfo(torch.float64).tiny
+"""The y behind which they are zero, in double precision."""
+
 
 @dataclass(frozen=True)
 class Dip:
     """A function that falls to one minimum and rises from there: SiLU, GELU, Mish.
 
     Attributes:
-        function: The function.
-        derivative: Its derivative.
+        at: Gives its values and its derivatives, both to the precision of the type.
         argmin: Where the minimum lies.
         minimum: Its value.
-        curvature: The second derivative there.
     """
 
-    function: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
+    at: Callable[[Tensor], tuple[Tensor, Tensor]]
     argmin: float
     minimum: float
-    curvature: float
 
     def nearest(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the nearest preimage; two exist for negative y, one otherwise.
@@ -42,122 +53,109 @@ class Dip:
             found = self._nearest(y.detach(), x.detach())
             if not recorded:
                 return found
-            slope = self.derivative(found)
+            _, slope = self.at(found)
             slope = torch.where(slope == 0, math.inf, slope)
         return found + (y - y.detach()) / slope
 
     def _nearest(self, y: Tensor, x: Tensor) -> Tensor:
-        on_cpu = y.is_cpu and not is_recorded(y, x)
-        root = self._root_of_each if on_cpu else self._root
-        floor = torch.full_like(y, self.argmin)
-        # f(v) > v - 0.5 for v > 0, and f(0) = 0.
-        right = root(y, floor, y.clamp(min=0) + 0.5)
-        far_left = torch.full_like(y, self._far_left(y.dtype))
-        if not on_cpu:
-            left = root(y, far_left, floor)
-            closer = (left - x).abs() < (right - x).abs()
-            return torch.where((y < 0) & closer, left, right)
-        # From the right root on, none to its left is nearer.
-        two = ((y < 0) & (x < right)).flatten().nonzero().squeeze(1)
-        parts = (t.flatten()[two] for t in (y, x, right, far_left, floor))
-        y, x, nearest, far_left, floor = parts
-        left = root(y, far_left, floor)
-        nearest = where((left - x).abs() < (nearest - x).abs(), left, nearest)
-        return right.flatten().index_copy_(0, two, nearest).view(right.shape)
-
-    def _far_left(self, dtype: torch.dtype) -> float:
-        """Return a point left of which the function is zero to the precision of the type."""
-        return -750.0 if dtype == torch.float64 else -105.0
-
-    def _root(self, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Find f(v) = y between two points.
-
-        A fixed count of steps: nothing is read back from the device.
-        """
-        rises = self.function(high) > self.function(low)
-        v = (low + high) / 2
-        for _ in range(_steps(y.dtype)):
-            v, low, high, _ = self._step(y, v, low, high, rises)
+        right, left = _tables(self, y.dtype, y.device)
+        right, left = y + _read(right, self._right(y)), _read(left, self._left(y))
+        v = where((y < 0) & (x < (left + right) / 2), left, right)
+        for _ in range(1 if y.dtype == torch.float32 else 3):
+            v = self._improved(v, y)
         return v
 
-    def _root_of_each(self, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Find the same, every entry in as many steps as it takes."""
-        shape, found = y.shape, torch.full_like(y, self.argmin).flatten()
-        index = (y <= self.minimum).logical_not_().flatten()  # with what is not a number
-        index = index.nonzero().squeeze(1)
-        y, low, high = (t.flatten()[index] for t in (y, low, high))
-        rises = self.function(high) > self.function(low)
-        # The parabola at the minimum is met to the side that the bounds are on.
-        aside = ((y - self.minimum) * (2 / self.curvature)).sqrt()
-        v = where(rises, torch.maximum(self.argmin + aside, y), self.argmin - aside)
-        v = v.clamp(low, high)
-        for _ in range(_steps(y.dtype)):
-            following, low, high, error = self._step(y, v, low, high, rises)
-            going = (error != 0) & (following != v)
-            v = where(error == 0, v, following)
-            if int(going.sum()) <= len(index) // 2:
-                found[index] = v
-                going = going.nonzero().squeeze(1)
-                index, y, v, low, high, rises = (t[going] for t in (index, y, v, low, high, rises))
-            if not len(index):
-                break
-        found[index] = v
-        return found.view(shape)
+    def _right(self, y: Tensor) -> Tensor:
+        """Return the coordinate of the right branch, in cells of its table."""
+        return ((y - self.minimum).clamp(min=0) * (_CELLS**2 / (_RIGHT_END - self.minimum))).sqrt()
 
-    def _step(
-        self, y: Tensor, v: Tensor, low: Tensor, high: Tensor, rises: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Take one of Newton's steps, bisecting where it leaves the bounds."""
-        error = self.function(v) - y
-        above = (error > 0) == rises
-        low, high = where(above, low, v), where(above, v, high)
-        newton = v - error / self.derivative(v)
-        middle = low + (high - low) / 2  # the sum of both may exceed the type
-        following = where((newton > low) & (newton < high), newton, middle)
-        return following, low, high, error
+    def _left(self, y: Tensor) -> Tensor:
+        """Return that of the left branch, for positive y its end."""
+        y = y.clamp(max=-torch.finfo(y.dtype).tiny)  # square roots of what is none take long
+        scale = _CELLS**2 / math.log(self.minimum / _LEFT_END)
+        return (((self.minimum - y) / y).log1p() * scale).sqrt()
+
+    def _improved(self, v: Tensor, y: Tensor) -> Tensor:
+        """Take one of Newton's steps, no longer than any has to be.
+
+        At the minimum, where there is no derivative, and where it is lost to rounding, it would be
+        any number, or none.
+        """
+        value, slope = self.at(v)
+        longest = ((v - self.argmin).abs() / 8).clamp(max=1e-3)
+        return v - ((value - y) / slope).nan_to_num().clamp(-longest, longest)
+
+    def _branch(self, side: float, y: Tensor, coordinate: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the preimages of y on one side of the minimum, from there on."""
+        v = self.argmin + side * torch.logspace(-4, 3, 1 << 15, dtype=y.dtype)
+        known, wanted = coordinate(self.at(v)[0]), coordinate(y)
+        i = torch.searchsorted(known, wanted).clamp(1)
+        share = (wanted - known[i - 1]) / (known[i] - known[i - 1])
+        v = torch.lerp(v[i - 1], v[i], share)
+        for _ in range(4):
+            v = self._improved(v, y)
+        v[0] = self.argmin
+        return v
 
 
-def _steps(dtype: torch.dtype) -> int:
-    """Return how many steps a root takes at most."""
-    return 64 if dtype == torch.float64 else 40
+@torch.compiler.assume_constant_result
+def _tables(dip: Dip, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _made_tables(dip, dtype, device)  # which no compiler takes apart
 
 
-def _silu_derivative(v: Tensor) -> Tensor:
+@functools.cache
+def _made_tables(dip: Dip, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the branches, as tables; of the right one, what is added to y.
+
+    Returns:
+        Shape (2, 2, cells): where a cell begins, and the way to where it ends.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        square = torch.linspace(0, 1, _CELLS + 1, dtype=torch.float64).square()
+        y = dip.minimum + square * (_RIGHT_END - dip.minimum)
+        right = dip._branch(1, y, dip._right) - y
+        y = dip.minimum * (square * math.log(_LEFT_END / dip.minimum)).exp()
+        both = torch.stack((right, dip._branch(-1, y, dip._left)))
+        return torch.stack((both[:, :-1], both.diff()), 1).to(device, dtype)
+
+
+def _read(table: Tensor, coordinate: Tensor) -> Tensor:
+    """Return what a table says, linearly between its entries, and at its ends of all beyond."""
+    place = coordinate.nan_to_num().clamp(0, _CELLS - 1 / 8).flatten()
+    cell = place.to(torch.int32)
+    start, way = (entries.index_select(0, cell) for entries in table)
+    return torch.addcmul(start, way, place.frac()).view(coordinate.shape)
+
+
+def _silu(v: Tensor) -> tuple[Tensor, Tensor]:
     s = torch.sigmoid(v)
-    return s * (1 + v * (1 - s))
+    value = v * s
+    return value, torch.addcmul(s, value, 1 - s)
 
 
-def _gelu_derivative(v: Tensor) -> Tensor:
-    density = torch.exp(-v.square() / 2) / math.sqrt(2 * math.pi)
-    return torch.special.ndtr(v) + v * density
+def _gelu(v: Tensor) -> tuple[Tensor, Tensor]:
+    below = torch.erfc(v * -math.sqrt(1 / 2)) / 2
+    density = (v.square() / -2).exp() / math.sqrt(2 * math.pi)
+    return v * below, torch.addcmul(below, v, density)
 
 
-def _gelu_tanh(v: Tensor) -> Tensor:
-    return F.gelu(v, approximate="tanh")
+def _gelu_tanh(v: Tensor) -> tuple[Tensor, Tensor]:
+    square, scale = v.clamp(-40, 40).square(), math.sqrt(8 / math.pi)  # finite, once squared
+    s = torch.sigmoid(v * (scale + scale * 0.044715 * square))
+    value = v * s
+    return value, s + value * (1 - s) * (scale + scale * 3 * 0.044715 * square)
 
 
-def _gelu_tanh_derivative(v: Tensor) -> Tensor:
-    scale = math.sqrt(2 / math.pi)
-    t = torch.tanh(scale * (v + 0.044715 * v**3))
-    return (1 + t) / 2 + v / 2 * (1 - t.square()) * scale * (1 + 3 * 0.044715 * v.square())
-
-
-def _mish_derivative(v: Tensor) -> Tensor:
+def _mish(v: Tensor) -> tuple[Tensor, Tensor]:
     t = torch.tanh(F.softplus(v))
-    return t + v * (1 - t.square()) * torch.sigmoid(v)
+    return v * t, torch.addcmul(t, v * torch.sigmoid(v), 1 - t.square())
 
 
 # The minima, to the last digit of a double.
-SILU = Dip(F.silu, _silu_derivative, -1.2784645427610738, -0.27846454276107380, 0.21781170571980007)
-GELU = Dip(F.gelu, _gelu_derivative, -0.7517915246935645, -0.16997120747990369, 0.43149399231404691)
-GELU_TANH = Dip(
-    _gelu_tanh,
-    _gelu_tanh_derivative,
-    -0.7524614220710162,
-    -0.17004075057125413,
-    0.43040009102485857,
-)
-MISH = Dip(F.mish, _mish_derivative, -1.1924312145154237, -0.30884341301725043, 0.26694791404956381)
+SILU = Dip(_silu, -1.2784645427610738, -0.27846454276107380)
+GELU = Dip(_gelu, -0.7517915246935645, -0.16997120747990369)
+GELU_TANH = Dip(_gelu_tanh, -0.7524614220710162, -0.17004075057125413)
+MISH = Dip(_mish, -1.1924312145154237, -0.30884341301725043)
 
 silu, mish = SILU.nearest, MISH.nearest
 

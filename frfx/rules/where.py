@@ -7,13 +7,13 @@ for one of numbers, too.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from frfx.recording import is_recorded
-
-_CACHED = 1 << 18
-"""Entries that are compared at a time, so that they stay in the cache from step to step."""
+from frfx.rules.parts import by_parts
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -42,13 +42,7 @@ def where_equal(
             reach = rounding * (b - a).abs() + torch.finfo(b.dtype).tiny
             return torch.where((given - other).abs() < reach, a, b)
         return torch.where(given == other, a, b)
-    if b.numel() <= _CACHED or not b.shape == a.shape == given.shape == other.shape:
-        return _where_equal(given, other, a, b, rounding)
-    result = torch.empty_like(b, memory_format=torch.contiguous_format)
-    parts = (t.reshape(-1).split(_CACHED) for t in (given, other, a, b, result))
-    for g, o, x, y, out in zip(*parts, strict=True):
-        out.copy_(_where_equal(g, o, x, y, rounding))
-    return result
+    return by_parts(functools.partial(_where_equal, rounding=rounding), given, other, a, b)
 
 
 def _where_equal(given: Tensor, other: Tensor, a: Tensor, b: Tensor, rounding: float) -> Tensor:

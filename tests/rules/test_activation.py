@@ -428,25 +428,43 @@ def test_large_magnitudes_never_give_nan(name, dtype):
         assert found.isfinite().all()
 
 
+def uniform(seed, count):
+    """Return numbers between 0 and 1."""
+    return torch.from_numpy(np.random.default_rng(seed).random(count))
+
+
 DIPS = {"silu": dips.SILU, "mish": dips.MISH, "gelu": dips.GELU, "gelu, tanh": dips.GELU_TANH}
 
 
 @each_dtype
+@pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("name", DIPS)
-def test_a_dips_roots_are_those_of_a_fixed_count_of_steps(name, dtype):
-    # Entry by entry in as many steps as each takes, or where functions are transformed, in many.
+def test_a_dips_roots_are_exact_to_rounding(name, left, dtype):
+    dip, resolution = DIPS[name], torch.finfo(dtype).eps
+    share = uniform(0, 4000)
+    depth = 80 if dtype == torch.float32 else 690
+    near_zero = dip.minimum * (-depth * share).exp()
+    near_minimum = dip.minimum * (1 - (-depth * share).exp())
+    parts = [near_zero, near_minimum] if left else [near_minimum, 10 * share, (80 * share).exp()]
+    y = torch.cat(parts).to(dtype).clamp(min=dip.minimum)
+    found = dip.nearest(y, torch.full_like(y, -1e4 if left else 1e4))
+    assert ((found <= dip.argmin) if left else (found >= dip.argmin)).all()
+    reached = torch.from_numpy(ACTIVATIONS[name].on(found.double().numpy()))
+    _, slope = dip.at(found.double())
+    rounding = resolution * ((slope * found).abs() + y.abs())
+    assert ((reached - y).abs() <= 4 * rounding).all()
+    assert torch.equal(torch.func.vmap(dip.nearest)(y, found), dip.nearest(y, found))
+
+
+@pytest.mark.parametrize("name", DIPS)
+def test_a_dip_takes_the_nearer_root(name):
     dip = DIPS[name]
-    x, y = 2 * normal(0, 40, 50).to(dtype), 2 * normal(1, 40, 50).to(dtype)
-    y.clamp_(min=dip.minimum)
-    found = dip.nearest(y, x)
-    counted = torch.func.vmap(dip.nearest)(y, x)
-    resolution = torch.finfo(dtype).eps
-    for roots in (found, counted):  # torch loses the left tail of GELU
-        reached = ACTIVATIONS[name].on(roots.double().numpy())
-        np.testing.assert_allclose(reached, y, rtol=4 * resolution, atol=8 * resolution)
-    # At the minimum half of the digits of a root are lost.
-    torch.testing.assert_close(found, counted, rtol=0, atol=8 * resolution**0.5)
-    assert dip.nearest(y[:0], x[:0]).shape == (0, 50)
+    y, x = dip.minimum * uniform(0, 500), 8 * uniform(1, 500) - 6
+    far = torch.full_like(y, 1e4)
+    left, right = dip.nearest(y, -far), dip.nearest(y, far)
+    expected = torch.where((left - x).abs() < (right - x).abs(), left, right)
+    assert torch.equal(dip.nearest(y, x), expected)
+    assert dip.nearest(y[:0], x[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("name", DIPS)
