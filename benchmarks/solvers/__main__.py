@@ -90,7 +90,8 @@ def main(
             record["gpu"] = torch.cuda.get_device_name()
             record["rates"] = vars(rates)
             tables["layers"] = [layers.on_gpu(layer, watch, rates) for layer in chosen]
-            tables["steps"] = list(steps.measure(watch))
+        measure = steps.on_cpu if name == "cpu" else steps.on_gpu
+        tables["steps"] = [measure(step, watch) for step in steps.steps(watch.device)]
         others = [case for case in cases if not case.small and not quick]
         tables["networks"] += [row for case in others for row in run(case, watch)]
         for title, rows in tables.items():
