@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from frfx.linalg.bidiagonal import largest_singular_values, unstructured
+from frfx.linalg.bidiagonal import Bidiagonal, bidiagonalise, unstructured
 from frfx.linalg.conjugate_gradients import Convergence
 from frfx.linalg.linear_function import Map
 
 _NOISE = 100.0
 """How many units of rounding of `||J|| ||r||` the computed `J^T r` may be off."""
 
-_LANCZOS_STEPS = 4
-"""Steps of a bidiagonalisation: of residual blocks it then lies within a tenth of the answer."""
+_KNOWN_STEPS = 4
+"""Steps of a bidiagonalisation: what the residual sees of the largest singular value of a block is
+then within a tenth of it."""
 
 
 def cgls(
@@ -25,7 +26,6 @@ def cgls(
     max_steps: int,
     shift: Tensor | float = 0.0,
     miss: Tensor | float = 0.0,
-    largest: Tensor | None = None,
 ) -> tuple[Tensor, Convergence]:
     """Return `argmin ||J d - right||^2 + shift ||d||^2`, of least norm, for every sample.
 
@@ -44,7 +44,6 @@ def cgls(
         shift: Tikhonov's parameter, one number or one a sample, shape (N,).
         miss: A sample stops, too, where the norm of its residual has fallen to this share; as
             the tolerance.
-        largest: The largest singular value of J, shape (N,), if an estimate is known.
 
     Returns:
         Shape (N, n) in the type of `right`, and how it went. Samples whose gradient is down to
@@ -53,51 +52,13 @@ def cgls(
     Reference:
         Hestenes and Stiefel (1952); Bjorck, Numerical Methods for Least Squares Problems, 7.4.1.
     """
-    eps = torch.finfo(right.dtype).eps
-    unit = right.abs().amax(1, keepdim=True)  # so that no square leaves the range of the type
-    unit = torch.where(unit > 0, unit, 1)
+    unit = _unit(right)
     right = right / unit
-    shift = torch.as_tensor(shift, dtype=right.dtype, device=right.device).expand(len(right))
-    # What is left of J^T r below this is rounding; a direction made of it leads anywhere.
-    noise = (_NOISE * eps) ** 2
-    if largest is None:
-        start = unstructured(right)
-        scale = _squares(rmv(start)) / _squares(start)
-    else:
-        scale = largest.square()
-    # That is of J^T J: the largest ratio met so far.
-    residual, gradient = right, rmv(right)
-    first = size = _squares(gradient)
-    direction = torch.where(size.isfinite()[:, None], gradient, 0)
-    solution = torch.zeros_like(gradient)
-    least = miss**2 * _squares(right)
-    steps = torch.zeros(len(right), dtype=torch.long, device=right.device)
-
-    def is_open() -> Tensor:
-        left = _squares(residual) + shift * _squares(solution)
-        return (size > tolerance**2 * first) & (left > least) & (size > noise * scale * left)
-
-    for _ in range(max_steps):
-        active = is_open()
-        if not bool(active.any()):  # synchronises
-            break
-        image = mv(direction)
-        length = _squares(direction)
-        curvature = _squares(image) + shift * length
-        scale = scale.maximum(torch.where(active, curvature / length, 0))
-        active &= curvature > 0
-        ratio = torch.where(active, size / torch.where(active, curvature, 1), 0)[:, None]
-        solution = solution + ratio * direction
-        residual = residual - ratio * image
-        gradient = rmv(residual) - shift[:, None] * solution
-        before, size = size, torch.where(active, _squares(gradient), size)
-        ratio = torch.where(active, size / torch.where(active, before, 1), 0)[:, None]
-        direction = torch.where(active[:, None], gradient + ratio * direction, direction)
-        steps += active
-    left = torch.where(first > 0, size / torch.where(first > 0, first, 1), 0).sqrt()
-    # Of a product that is not finite, no step is known.
-    finite = (size + _squares(residual) + shift + scale).isfinite()
-    return solution * unit, Convergence(torch.where(finite, left, 1), steps, ~is_open() & finite)
+    start = unstructured(right)
+    steepness = _squares(rmv(start)) / _squares(start)
+    way = _Way(right, rmv(right), steepness, shift, tolerance, miss)
+    way.go(mv, rmv, max_steps)
+    return way.solution * unit, way.convergence()
 
 
 def damped_cgls(
@@ -105,33 +66,119 @@ def damped_cgls(
 ) -> tuple[Tensor, Convergence]:
     """Return what `cgls` does, the shift relative to the largest singular value of a sample.
 
+    How large that is, and the first steps, are read off one bidiagonalisation of J: whatever the
+    shift, they stay among the vectors that it makes.
+
     Args:
         mv: See `cgls`, as all that follows.
         rmv: The transpose.
         right: Shape (N, m).
-        damping: Tikhonov's parameter relative to the square of `largest_singular_value_of_each`.
+        damping: Tikhonov's parameter relative to the square of the largest singular value, as the
+            bidiagonalisation from `right` on estimates it, from below.
         tolerance: Of the residual of the normal equations.
         max_steps: Bound on the steps.
+
+    Reference:
+        Paige and Saunders (1982), LSQR, 2 and 3.
     """
-    largest = largest_singular_value_of_each(mv, rmv, right) if damping else None
-    shift = 0.0 if largest is None else damping * largest.square()
-    return cgls(
-        mv, rmv, right, tolerance=tolerance, max_steps=max_steps, shift=shift, largest=largest
-    )
+    if not damping:
+        return cgls(mv, rmv, right, tolerance=tolerance, max_steps=max_steps)
+    unit = _unit(right)
+    right = right / unit
+    known = bidiagonalise(mv, rmv, right, _KNOWN_STEPS)
+    steepness = known.largest().square()
+    way = _Way(known.start, known.rmv(known.start), steepness, damping * steepness, tolerance)
+    way.go(known.mv, known.rmv, min(_KNOWN_STEPS, max_steps))
+    way.leave(known)
+    way.go(mv, rmv, max_steps - _KNOWN_STEPS)
+    return way.solution * unit, way.convergence()
 
 
-def largest_singular_value_of_each(mv: Map, rmv: Map, like: Tensor) -> Tensor:
-    """Return an estimate from below of the largest singular value of every sample.
+class _Way:
+    """Conjugate gradients on their way, from no step on.
 
     Args:
-        mv: Applies J: (N, n) -> (N, m).
-        rmv: Applies its transpose.
-        like: Gives the shape (N, m), the type and the device.
+        right: The right-hand sides, shape (N, m).
+        gradient: `J^T right`.
+        steepness: An estimate of the largest eigenvalue of `J^T J`, shape (N,).
+        shift: See `cgls`, as all that follows.
+        tolerance: One number or one a sample.
+        miss: As the tolerance.
 
-    Returns:
-        Shape (N,).
+    Attributes:
+        solution: Where it has come to, shape (N, n).
     """
-    return largest_singular_values(mv, rmv, rmv(unstructured(like)), _LANCZOS_STEPS)
+
+    def __init__(
+        self,
+        right: Tensor,
+        gradient: Tensor,
+        steepness: Tensor,
+        shift: Tensor | float,
+        tolerance: Tensor | float,
+        miss: Tensor | float = 0.0,
+    ) -> None:
+        self._shift = torch.as_tensor(shift, dtype=right.dtype, device=right.device)
+        self._shift = self._shift.expand(len(right))
+        self._steepness = steepness  # the largest ratio met so far
+        self._residual = right
+        self._first = self._size = _squares(gradient)
+        self._direction = torch.where(self._size.isfinite()[:, None], gradient, 0)
+        self.solution = torch.zeros_like(gradient)
+        self._least, self._enough = miss**2 * _squares(right), tolerance**2 * self._first
+        # What is left of J^T r below this is rounding; a direction made of it leads anywhere.
+        self._noise = (_NOISE * torch.finfo(right.dtype).eps) ** 2
+        self._steps = torch.zeros(len(right), dtype=torch.long, device=right.device)
+
+    def _is_open(self) -> Tensor:
+        left = _squares(self._residual) + self._shift * _squares(self.solution)
+        rounding = self._noise * self._steepness * left
+        return (self._size > self._enough) & (left > self._least) & (self._size > rounding)
+
+    def go(self, mv: Map, rmv: Map, steps: int) -> None:
+        """Go on, until all samples are there or have gone so many steps."""
+        for _ in range(steps):
+            active = self._is_open()
+            if not bool(active.any()):  # synchronises
+                break
+            image = mv(self._direction)
+            length = _squares(self._direction)
+            curvature = _squares(image) + self._shift * length
+            ratio = torch.where(active, curvature / length, 0)
+            self._steepness = self._steepness.maximum(ratio)
+            active &= curvature > 0
+            ratio = torch.where(active, self._size / torch.where(active, curvature, 1), 0)[:, None]
+            self.solution = self.solution + ratio * self._direction
+            self._residual = self._residual - ratio * image
+            gradient = rmv(self._residual) - self._shift[:, None] * self.solution
+            before = self._size
+            self._size = torch.where(active, _squares(gradient), before)
+            ratio = torch.where(active, self._size / torch.where(active, before, 1), 0)[:, None]
+            following = gradient + ratio * self._direction
+            self._direction = torch.where(active[:, None], following, self._direction)
+            self._steps += active
+
+    def leave(self, known: Bidiagonal) -> None:
+        """Go over from what a bidiagonalisation knows of J to J itself."""
+        self._residual = known.of_left(self._residual)
+        self._direction = known.of_right(self._direction)
+        self.solution = known.of_right(self.solution)
+
+    def convergence(self) -> Convergence:
+        """Return how it went."""
+        first = torch.where(self._first > 0, self._first, 1)
+        left = torch.where(self._first > 0, self._size / first, 0).sqrt()
+        # Of a product that is not finite, no step is known.
+        finite = self._size + _squares(self._residual) + self._shift + self._steepness
+        finite = finite.isfinite()
+        there = ~self._is_open() & finite
+        return Convergence(torch.where(finite, left, 1), self._steps, there)
+
+
+def _unit(right: Tensor) -> Tensor:
+    """Return what right-hand sides are divided by, so that no square leaves the type's range."""
+    unit = right.abs().amax(1, keepdim=True)
+    return torch.where(unit > 0, unit, 1)
 
 
 def _squares(vectors: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from frfx.linalg.bidiagonal import largest_singular_values
-from frfx.linalg.cgls import cgls, damped_cgls, largest_singular_value_of_each
+from frfx.linalg.bidiagonal import bidiagonalise, largest_singular_values
+from frfx.linalg.cgls import cgls, damped_cgls
 from tests.oracles import Array, normal, relative
 
 SYSTEMS = {
@@ -188,14 +188,45 @@ def test_a_miss_that_is_allowed(seed, rows, columns, rank):
     assert bool((convergence.steps <= solve(matrix, right)[1].steps).all())
 
 
-@given(**SYSTEMS)
-def test_largest_singular_value(seed, rows, columns, rank):
-    """From below, and close."""
+def seen(matrix: Tensor, right: Tensor, steps: int) -> Tensor:
+    """Return the largest singular value between the first Krylov spaces of either side."""
+    values = []
+    for a, r in zip(matrix, right, strict=True):
+        spaces = []
+        for gram, vector in ((a @ a.mT, r), (a.mT @ a, a.mT @ r)):
+            vectors: list[Tensor] = []
+            for _ in range(steps + 1):
+                whole = vector.norm()
+                for _ in range(2):
+                    vector = vector - sum((v @ vector) * v for v in vectors)
+                if not vector.norm() > 1e-7 * whole:
+                    break
+                vectors.append(vector / vector.norm())
+                vector = gram @ vectors[-1]
+            spaces.append(torch.stack(vectors or [0 * vector], 1))
+        start, end = spaces
+        values.append(torch.linalg.matrix_norm(start.mT @ a @ end, 2))
+    return torch.stack(values)
+
+
+@given(**SYSTEMS, steps=st.integers(1, 5))
+def test_bidiagonalisation(seed, rows, columns, rank, steps):
+    """What it says of the operator is so, and its largest singular value is one from below."""
     matrix = matrices(seed, rows, columns, max(rank, 1), condition=3.0) * 7
-    found = largest_singular_value_of_each(*products(matrix), normal(seed, COUNT, rows))
-    exact = torch.linalg.matrix_norm(matrix, 2)
-    assert bool((found <= exact * (1 + 1e-12)).all())
-    assert bool((found >= 0.5 * exact).all())
+    right = normal(seed, COUNT, rows)
+    known = bidiagonalise(*products(matrix), right, steps)
+    assert relative(known.of_left(known.start), right) < 1e-12
+    x, y = normal(seed + 1, COUNT, steps + 1), normal(seed + 2, COUNT, steps + 1)
+    x[:, -1] = 0
+    mv, rmv = products(matrix)
+    for found, expected in (
+        (known.of_left(known.mv(x)), mv(known.of_right(x))),
+        (known.of_right(known.rmv(y)), rmv(known.of_left(y))),
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(known.largest(), seen(matrix, right, steps), rtol=1e-6, atol=0)
+    if steps >= 4:
+        assert bool((known.largest() >= 0.5 * torch.linalg.matrix_norm(matrix, 2)).all())
 
 
 @given(**SYSTEMS, damping=st.sampled_from([0.0, 1e-3, 0.5]))
@@ -205,13 +236,28 @@ def test_damping_is_relative_to_the_largest_singular_value(seed, rows, columns, 
     options = {"tolerance": 1e-13, "max_steps": 500}
     found, convergence = damped_cgls(*products(matrix), right, damping=damping, **options)
     if damping:
-        largest = largest_singular_value_of_each(*products(matrix), right)
-        expected = damped(matrix, right, damping * largest.square())
+        expected = damped(matrix, right, damping * seen(matrix, right, 4).square())
     else:
         expected = pseudo_inverse(matrix, right)
     assert bool(convergence.converged.all())
     for k in range(COUNT):  # each on the scale of its own
         assert relative(found[k], expected[k]) < 1e-9
+
+
+@given(**SYSTEMS, max_steps=st.integers(0, 7), tolerance=st.sampled_from([1e-1, 1e-4, 1e-13]))
+def test_the_first_steps_are_those_of_conjugate_gradients(
+    seed, rows, columns, rank, max_steps, tolerance
+):
+    """Among the vectors of the bidiagonalisation, and from there on."""
+    matrix = matrices(seed, rows, columns, rank, condition=100.0)
+    right, options = normal(seed + 7, COUNT, rows), {"tolerance": tolerance, "max_steps": max_steps}
+    found, convergence = damped_cgls(*products(matrix), right, damping=1e-2, **options)
+    shift = 1e-2 * seen(matrix, right, 4).square()
+    expected, known = cgls(*products(matrix), right, shift=shift, **options)
+    assert relative(found, expected) < 1e-6
+    torch.testing.assert_close(convergence.residual, known.residual, rtol=1e-4, atol=1e-7)
+    if tolerance > 1e-12:
+        assert convergence.steps.tolist() == known.steps.tolist()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -233,10 +279,11 @@ def test_a_sample_whose_products_are_not_finite(bad, damping):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_largest_singular_value_of_what_is_not_finite(bad):
     """It is said of the sample, and of no other."""
-    matrix = matrices(0, 4, 5, 4)
+    matrix, right = matrices(0, 4, 5, 4), normal(1, COUNT, 4)
     matrix[1, 0, 0] = bad
-    found = largest_singular_value_of_each(*products(matrix), normal(1, COUNT, 4))
-    assert found.isnan().tolist() == [False, True, False, False]
+    known = bidiagonalise(*products(matrix), right, 3)
+    assert known.largest().isnan().tolist() == [False, True, False, False]
+    assert known.of_right(known.start).isfinite().all()
 
 
 def test_one_step_towards_the_largest_singular_value():
@@ -250,9 +297,8 @@ def test_one_step_towards_the_largest_singular_value():
 
 def test_the_largest_singular_value_of_nothing():
     matrix = torch.zeros(COUNT, 3, 5, dtype=torch.float64)
-    assert not largest_singular_value_of_each(
-        *products(matrix), torch.ones(COUNT, 3).double()
-    ).any()
+    known = bidiagonalise(*products(matrix), torch.ones(COUNT, 3).double(), 3)
+    assert not known.largest().any()
 
 
 def test_every_sample_has_a_tolerance_of_its_own():
