@@ -58,3 +58,4 @@ def multiply_fast(
         if op.module.weight.numel() >= _LARGE and set(op.inputs) == {"input"}:
             name = add_child(replaced, copy.name, Product(op.module))
             copy.target = f"replaced.{name}"
+            copy.args, copy.kwargs = tuple(copy.all_input_nodes), {}

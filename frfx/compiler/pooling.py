@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from frfx import vocabulary
 from frfx.compiler.bind import bind, live_nodes, op_type
 from frfx.compiler.forward import add_child, call_of, is_hooked
-from frfx.compiler.rows import Rows, in_rows
+from frfx.compiler.rows import in_rows, most_rows
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend, torch_backend
 from frfx.ops import Op, Shape
@@ -57,7 +57,7 @@ class Pooling(nn.Module):
         pool: Calls it.
         activation: Calls the activation; None if it stays where it is.
         convolution: Calls the convolution; None if it stays where it is.
-        rows: That convolution, giving the rows of a window; None if it stays where it is.
+        before: That convolution, if it can give several rows at once; None if it stays where it is.
 
     Attributes:
         backend: What has kernels for it, if there are any.
@@ -71,11 +71,11 @@ class Pooling(nn.Module):
         pool: Callable,
         activation: Callable | None = None,
         convolution: Callable | None = None,
-        rows: Rows | None = None,
+        before: Op | None = None,
     ) -> None:
         super().__init__()
         self._calls = (convolution, activation, pool)  # in a tuple: they are modules of the model
-        self._rows = rows
+        self._before, self._kernel = before, _rows_of(op)
         self._geometry, self._dims = geometry(op), spatial_dims(op)
         self._windows = windows(op)
         self._ceil = bool(op.arguments["ceil_mode"])
@@ -91,19 +91,21 @@ class Pooling(nn.Module):
         return pooled if activation is None else activation(pooled)
 
     def _pooled(self, x: Tensor, convolution: Callable | None) -> Tensor:
-        if self._by_kernel(x) or self._rows is None or not self._rows.fit(x):
+        rows = None if self._before is None else most_rows(self._before, x, self._kernel)
+        if rows is None:
             x = x if convolution is None else convolution(x)
             axes, kernels = self._axes(tuple(x.shape[2:])), self.backend.kernels_for(x)
             windows = kernel_windows(axes) if kernels else None
             return kernels.max_pool(x, *windows) if kernels and windows else highest(x, axes)
-        x = functools.reduce(torch.maximum, self._rows(x).unbind(2))
+        groups = rows(x).unflatten(2, (-1, self._kernel))
+        x = functools.reduce(torch.maximum, groups.unbind(3)).transpose(2, 3).flatten(2, 3)
         height, width = x.shape[2:]
-        columns = self._axes((height * self._rows.rows, width))[1]
+        columns = self._axes((height * self._kernel, width))[1]
         return highest(x, (RegularAxis(height, height, 1, 1, 1, 0), columns))
 
     def _commutes(self, x: Tensor) -> bool:
         """Tell whether it is faster, and the order of the calls is nobody's business."""
-        weights = [] if self._rows is None else self._rows.op.tensors()
+        weights = [] if self._before is None else self._before.tensors()
         return (
             (x.is_cpu or self._by_kernel(x))
             and x.ndim == self._dims + 2
@@ -165,16 +167,16 @@ def pool_first(
         if MaxPoolMinimalRule().supports(op) is not None:
             continue
         source, reader = node.all_input_nodes[0], copy
-        activation = convolution = rows = None
+        activation = convolution = first = None
         if set(copies[source].users) == {reader} and _is_increasing(source, traced, live):
             activation, reader = call_of(source, traced.root), copies[source]
             source = source.all_input_nodes[0]
         if set(copies[source].users) == {reader} and _rows_of(op) > 1:
             before = bind(source, traced, live)
             if in_rows(before):
-                convolution, rows = call_of(source, traced.root), Rows(before, _rows_of(op))
+                convolution, first = call_of(source, traced.root), before
                 source = source.all_input_nodes[0]
-        pooling = Pooling(op, call_of(node, traced.root), activation, convolution, rows)
+        pooling = Pooling(op, call_of(node, traced.root), activation, convolution, first)
         pooling.backend = backend
         name = add_child(replaced, copy.name, pooling)
         copy.op, copy.target = "call_module", f"replaced.{name}"

@@ -1,21 +1,34 @@
 """Convolutions of few channels in the forward part: several rows at once, as channels.
 
 On a CPU a convolution computes as many channels at once as a vector register holds, 16 where 5 are
-asked for as well. Rows that pooling takes the largest of may be such channels: of a kernel that is
-moved by as many rows.
+asked for as well. Neighbouring rows may be such channels: of a kernel that is moved by as many
+rows, and higher by as many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from frfx.compiler.bind import bind, live_nodes
+from frfx.compiler.forward import add_child, is_hooked
+from frfx.compiler.trace import Traced
 from frfx.ops import Op
+from frfx.recording import is_recorded
 from frfx.rules.base import one_input
 
 _REGISTER = {"AVX512": 64, "AVX2": 32}
 """The bytes of a vector register, as `torch.backends.cpu` names what there is."""
+
+_FEW = 8
+"""Channels of which two rows are as many as a register holds, at most."""
+
+_WORTH = 1.4
+"""How many times fewer multiplications are worth it: the rows have to be put in order."""
 
 
 class Rows:
@@ -29,18 +42,6 @@ class Rows:
     def __init__(self, op: Op, rows: int) -> None:
         self.op, self.rows = op, rows
         self._stride, self._padding = op.sizes("stride", 2), _padding(op)
-
-    def fit(self, x: Tensor) -> bool:
-        """Tell whether a register holds the channels of a group, so that it is faster."""
-        assert isinstance(self.op.module, nn.Conv2d)
-        weight = self.op.module.weight
-        register = _REGISTER.get(torch.backends.cpu.get_cpu_capability(), 0)
-        return (
-            x.dtype == weight.dtype == torch.float32  # the type that oneDNN convolves
-            and torch.backends.mkldnn.is_available()
-            and bool(torch.backends.mkldnn.enabled)
-            and len(weight) * self.rows * weight.itemsize <= register
-        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the convolution of (N, C, H, W), of shape (N, C', rows, H' // rows, W')."""
@@ -57,6 +58,81 @@ class Rows:
             self._padding,
         )
         return found.unflatten(1, (len(weight), self.rows))
+
+
+def most_rows(op: Op, x: Tensor, multiple: int = 1) -> Rows | None:
+    """Return as many rows at once as a register holds, if that is worth it.
+
+    Args:
+        op: The convolution.
+        x: What it is applied to.
+        multiple: They come in groups of so many; a rest, at the lower end of the image, is dropped.
+    """
+    layer = op.module
+    assert isinstance(layer, nn.Conv2d)
+    on_cpu = x.is_cpu and x.ndim == 4 and x.is_contiguous()  # channels last, torch convolves fast
+    by_onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    if not on_cpu or not by_onednn or not x.dtype == layer.weight.dtype == torch.float32:
+        return None
+    kernel, stride = layer.weight.shape[2], op.sizes("stride", 2)[0]
+    height = (x.shape[2] + 2 * _padding(op)[0] - kernel) // stride + 1
+    for count in range(multiple * (_lanes() // layer.out_channels // multiple), 1, -multiple):
+        fewer = count * kernel / (kernel + stride * (count - 1))  # products, by so many times
+        if fewer >= _WORTH and count <= height and height // multiple * multiple % count == 0:
+            return Rows(op, count)
+    return None
+
+
+def _lanes() -> int:
+    """Return how many channels oneDNN convolves at once."""
+    return _REGISTER.get(torch.backends.cpu.get_cpu_capability(), 0) // torch.float32.itemsize
+
+
+class InRows(nn.Module):
+    """A convolution of the model, as many rows at once as a register holds.
+
+    Where autograd records, a compiler traces or a module has hooks, it is called itself.
+
+    Args:
+        op: The convolution.
+    """
+
+    def __init__(self, op: Op) -> None:
+        super().__init__()
+        self._op = op
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layer gives, to rounding."""
+        layer = self._op.module
+        assert isinstance(layer, nn.Conv2d)
+        own = not x.is_cpu or is_hooked(layer) or is_recorded(x, layer.weight, layer.bias)
+        rows = None if own else most_rows(self._op, x)
+        if rows is None:
+            result: Tensor = layer(x)
+            return result
+        return rows(x).transpose(2, 3).flatten(2, 3)
+
+
+def convolve_in_rows(
+    traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], replaced: nn.Module
+) -> None:
+    """Rewrite the convolutions of few channels in the forward part of a reconstruction graph.
+
+    Args:
+        traced: The network.
+        graph: The reconstruction graph; these nodes call `replaced.<name>` afterwards.
+        copies: The forward nodes in that graph.
+        replaced: The children of `replaced`, to which those for convolutions are added.
+    """
+    live, there = live_nodes(traced.graph), set(graph.nodes)
+    for node, copy in copies.items():
+        if copy not in there or node not in live or node.op != "call_module":
+            continue
+        op = bind(node, traced, live)
+        if in_rows(op) and cast(nn.Conv2d, op.module).out_channels <= _FEW:
+            name = add_child(replaced, copy.name, InRows(op))
+            copy.target = f"replaced.{name}"
+            copy.args, copy.kwargs = tuple(copy.all_input_nodes), {}
 
 
 def in_rows(op: Op) -> bool:

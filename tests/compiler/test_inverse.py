@@ -189,9 +189,9 @@ def test_code_is_readable():
     calls = [line.partition(";")[0] for line in lines[1:]]
     assert calls == [
         "prepare = self.prepare(x, target)",
-        "_0 = getattr(self.model, '0')(x)",
+        "_0 = self.replaced._0(x)",
         "_1 = getattr(self.model, '1')(_0)",
-        "_2 = getattr(self.model, '2')(_1)",
+        "_2 = self.replaced._2(_1)",
         "_3 = getattr(self.model, '3')(_2)",
         "_4 = getattr(self.model, '4')(_3)",
         "_5 = getattr(self.model, '5')(_4)",

@@ -103,3 +103,22 @@ def test_half_precision_that_is_asked_for_is_given():
         with torch.autocast("cpu", torch.bfloat16):
             assert inverse.replaced._0(x).dtype == torch.bfloat16
         assert inverse.replaced._0(x).dtype == torch.float32
+
+
+def test_layers_that_are_called_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(2, 3, 3), nn.Linear(12, 4)
+
+        def forward(self, x):
+            return self.fc(input=self.conv(input=x).flatten(1))
+
+    torch.manual_seed(0)
+    model, x = Keyword().eval(), torch.randn(2, 2, 4, 4)
+    inverse = frfx.invert(model, "conv")
+    assert {"conv", "fc"} <= {name for name, _ in inverse.replaced.named_children()}
+    with torch.no_grad():
+        found = inverse.reconstruct(x, torch.tensor([1, 2]))
+        torch.testing.assert_close(found["conv"].forward, model.conv(x))
+        torch.testing.assert_close(found["fc"].forward, model(x))
