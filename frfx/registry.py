@@ -58,6 +58,13 @@ class Registry:
             return None
         return self._rules.get((op_type, principle)) or self._rules.get((op_type, None))
 
+    def op_types(self, rule: type[Rule]) -> list[OpType]:
+        """Return the ops that a class of rules is registered for."""
+        entered = (
+            (op_type, getattr(factory, "func", factory)) for op_type, _, factory in self.entries()
+        )
+        return list(dict.fromkeys(op_type for op_type, factory in entered if factory is rule))
+
     def entries(self) -> list[tuple[OpType, str | None, RuleFactory]]:
         """Return all rules in the order of their entry."""
         return [(op_type, principle, rule) for (op_type, principle), rule in self._rules.items()]

@@ -157,6 +157,7 @@ BAD_INPUTS = {
     "integers": (X.long(), "the input batch has dtype torch.int64; give a floating-point tensor"),
     "bool": (X > 0, "the input batch has dtype torch.bool"),
     "empty": (X[:0], r"the input batch of shape \(0, 1, 10, 10\) is empty"),
+    "of no entries": (X[..., :0], r"the input batch of shape \(5, 1, 10, 0\) is empty"),
     "scalar": (torch.tensor(1.0), r"the input batch of shape \(\) is empty"),
     "meta": (X.to("meta"), "the input batch is on the meta device and holds no values"),
     "too many channels": (

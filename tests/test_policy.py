@@ -196,6 +196,12 @@ def test_solver_options_that_make_no_sense(option, text):
         rules(policy.paper().override(op=nn.Linear, **option))
 
 
+@pytest.mark.parametrize("option", [{"memory": -1}, {"damping": True}, {"rcond": -0.1}])
+def test_sizes_are_looked_at_at_once(option):
+    with pytest.raises(frfx.PolicyError, match=next(iter(option))):
+        policy.paper().override(op=nn.Linear, **option)
+
+
 # --- overrides ---
 
 
@@ -354,6 +360,36 @@ def test_rule_that_does_not_fit_is_a_reason():
     with pytest.raises(frfx.UnsupportedOpsError) as caught:
         frfx.invert(network(), "1", policy=chosen)
     assert [op.path for op in caught.value.ops] == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("module", "rule"),
+    [
+        (nn.Tanh(), frfx.rules.LinearRule()),
+        (nn.Tanh(), frfx.rules.PadRule()),
+        (nn.Linear(4, 4), frfx.rules.MaxPoolMinimalRule()),
+        (nn.Linear(4, 4), frfx.rules.AvgPoolRule()),
+        (nn.Linear(4, 4), frfx.rules.NormalizationRule()),
+        (nn.Linear(4, 4), frfx.rules.SoftmaxRule()),
+        (nn.Linear(4, 4), frfx.rules.OneHotRule()),
+        (nn.Linear(4, 3), frfx.rules.IdentityRule()),
+    ],
+    ids=str,
+)
+def test_every_rule_says_what_it_is_for(module, rule):
+    x = torch.randn(2, 1, 4, 4)
+    model, chosen = nn.Sequential(module), policy.minimal().override(node="0", rule=rule)
+    with pytest.raises(frfx.UnsupportedOpsError, match=r"is for |it changes the shape"):
+        frfx.invert(model, 0, policy=chosen)(x, model(x).detach())
+
+
+@pytest.mark.parametrize("rule", [frfx.rules.IdentityRule(), frfx.rules.RegionRule()], ids=str)
+def test_some_rules_go_anywhere(rule):
+    x = torch.randn(2, 4)
+    chosen = policy.minimal().override(node="0", rule=rule)
+    found = frfx.invert(nn.Sequential(nn.Tanh()), 0, policy=chosen)(x, torch.tanh(x))
+    expected = torch.tanh(x) if isinstance(rule, frfx.rules.IdentityRule) else x
+    torch.testing.assert_close(found, expected)
 
 
 # --- values ---

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from frfx import vocabulary
+from frfx import registry, vocabulary
 from frfx.compiler.bind import bind, op_type
 from frfx.compiler.regions import (
     between,
@@ -297,7 +297,10 @@ class _Planner:
     def _add(
         self, op: Op, node: fx.Node | None, rule: Rule | None, *, passes_labels: bool = False
     ) -> None:
-        if rule is not None:
+        reason = "no rule is registered for it" if rule is None else _misplaced(rule, op)
+        inputs = self._inputs(op)
+        seen = _with_shapes(op, node, inputs, self._shapes)
+        if rule is not None and reason is None:
             unread = self._policy.unread_options(op, rule)
             if unread:
                 known = ", ".join(field.name for field in fields(rule)) or "none"
@@ -306,9 +309,7 @@ class _Planner:
                 )
             if not passes_labels:
                 rule = wait_for_sizes(rule, op)
-        inputs = self._inputs(op)
-        seen = _with_shapes(op, node, inputs, self._shapes)
-        reason = "no rule is registered for it" if rule is None else rule.supports(seen)
+            reason = rule.supports(seen)
         if reason is not None:
             problem = _problem(seen, reason, rule, region_at=_end_of_region(op, node, rule))
             if self._policy.branches == "rules" and len({op.inputs[n] for n in op.free}) > 1:
@@ -326,6 +327,14 @@ class _Planner:
         traced = self._network.traced
         order = {traced.paths[node]: i for i, node in enumerate(traced.graph.nodes)}
         return tuple(sorted(self._problems, key=lambda p: order.get(p.path, len(order))))
+
+
+def _misplaced(rule: Rule, op: Op) -> str | None:
+    """Return why a rule is not for an op, if it is for others."""
+    known = registry.default.op_types(type(rule))
+    if not known or op.type in known or rule.anywhere:
+        return None
+    return f"{type(rule).__name__} is for {', '.join(op_type.name for op_type in known)}"
 
 
 def _unsaid_argmax(logits: fx.Node, dim: int) -> Op:

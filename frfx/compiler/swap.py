@@ -132,7 +132,7 @@ class SwappedInversion(Inversion):
         are inverted to."""
         _, activation = self._parts
         assert isinstance(activation, ElementwiseInversion)
-        ends = torch.tensor(activation.limits, dtype=dtype)
+        ends = torch.tensor(activation.limits, dtype=dtype, device="cpu")
         preimages: Tensor = activation.function.nearest(ends, ends, **activation.arguments)
         return ends.tolist(), preimages.tolist()
 

@@ -146,7 +146,7 @@ def check_batch(x: Any, sizes: Sizes = ()) -> None:
             f"the input batch has dtype {x.dtype}; give a floating-point tensor. Of a model that "
             "embeds what it reads, invert what is behind the embedding, as a module of its own"
         )
-    if x.ndim == 0 or x.shape[0] == 0:
+    if x.ndim == 0 or x.numel() == 0:
         raise InputError(f"the input batch of shape {tuple(x.shape)} is empty")
     if sizes and sizes[0] not in (None, x.shape[0]):
         raise InputError(

@@ -28,7 +28,7 @@ class Plane:
     def of(cls, sizes: Sizes, like: Tensor) -> Plane:
         """Make the tables, of the complex type and on the device of a tensor."""
         height, width, half = sizes.height, sizes.width, sizes.half
-        frequency = torch.arange(half)
+        frequency = torch.arange(half, device="cpu")
         twice = torch.where((frequency == 0) | (2 * frequency == width), 1.0, 2.0)
         tables = (
             _powers(sizes.source_h, 4 * quads(sizes.columns_there), height, -1),
@@ -42,7 +42,7 @@ class Plane:
     def frequencies(self) -> Tensor:
         """The numbers of the independent frequencies among those of the half spectrum."""
         height, width, half = self.sizes.height, self.sizes.width, self.sizes.half
-        kept = torch.ones(height, half, dtype=torch.bool)
+        kept = torch.ones(height, half, dtype=torch.bool, device="cpu")
         kept[height // 2 + 1 :, :: width // 2 if width % 2 == 0 else half] = False
         return kept.flatten().nonzero().flatten()
 
@@ -54,7 +54,8 @@ class Plane:
 
 def _powers(rows: int, columns: int, n: int, sign: int) -> Tensor:
     """Return `exp(sign 2 pi i r c / n)`, complex128."""
-    turns = torch.outer(torch.arange(rows), torch.arange(columns)) % n
+    row, column = (torch.arange(count, device="cpu") for count in (rows, columns))
+    turns = torch.outer(row, column) % n
     angle = sign * 2 * math.pi / n * turns.double()
     return torch.polar(torch.ones_like(angle), angle)
 

@@ -126,7 +126,7 @@ class _TorchBatch(_Batch):
 
     def __init__(self, right: Tensor, tolerance: float) -> None:
         super().__init__(right, tolerance)
-        self._index: Any = torch.arange(len(right)) if self._asks else slice(None)
+        self._index: Any = torch.arange(len(right), device="cpu") if self._asks else slice(None)
         self.r = right
         self._x, self._p = torch.zeros_like(right), torch.zeros_like(right)
         self._height = torch.full_like(self.norm, math.inf)  # no step before the first

@@ -17,10 +17,10 @@ from frfx.linalg.pseudo_inverse import (
     Factor,
     Spectrum,
     default_rcond,
-    effective_rcond,
     gram_matrix,
     inverse_gram,
     pseudo_inverse,
+    resolve_cutoff,
     solve_dtype,
 )
 from frfx.linalg.separable import Separable
@@ -247,8 +247,7 @@ class Dense:
         return WrittenOutFactor(factor, operator.in_shape, groups)
 
     def _cutoff(self, dtype: torch.dtype, size: int) -> float:
-        rcond = default_rcond(dtype, size) if self.rcond is None else self.rcond
-        return effective_rcond(rcond, self.damping)
+        return resolve_cutoff(self.rcond, self.damping, default_rcond(dtype, size))
 
     def _matrix(self, matrix: Tensor, known: Spectrum | None = None) -> Factor:
         rows, columns = matrix.shape
@@ -313,7 +312,8 @@ def write_out(operator: Convolution | Transposed) -> Tensor:
         count = min(_COLUMNS, inputs - start)
         # An entry of every group at once: none of them reads what another one does.
         basis = torch.zeros(count, groups, inputs, dtype=kernel.dtype, device=kernel.device)
-        basis[torch.arange(count), :, torch.arange(start, start + count)] = 1
+        each = torch.arange(count, device=kernel.device)
+        basis[each, :, start + each] = 1
         image = operator.mv(basis.view(count, *operator.in_shape))
         columns.append(image.reshape(count, groups, -1))
     return torch.cat(columns).permute(1, 2, 0)

@@ -102,8 +102,10 @@ def _tables(grid: Grid, dtype: torch.dtype, device: torch.device, parts: int) ->
     last = len(grid.size) - 2  # -1 in one dimension, as it is counted here
     for i in (-1, *range(len(grid.size) - 1)):
         n, f, source, result = grid.size[i], grid.half[i], grid.source[i], grid.result[i]
-        frequency = torch.arange(f, dtype=torch.float64)
-        angle = -2 * math.pi / n * torch.outer(frequency, torch.arange(source).double())
+        frequency, place, found = (
+            torch.arange(count, dtype=torch.float64, device="cpu") for count in (f, source, result)
+        )
+        angle = -2 * math.pi / n * torch.outer(frequency, place)
         cosine, sine = angle.cos(), angle.sin()
         rows = torch.stack([cosine, sine], 1)
         if i != -1:
@@ -111,7 +113,7 @@ def _tables(grid: Grid, dtype: torch.dtype, device: torch.device, parts: int) ->
         if parts == 3 and i == last:
             rows = torch.cat([rows, rows.sum(1, keepdim=True)], 1)
         there.append(rows.flatten(0, 1))
-        angle = 2 * math.pi / n * torch.outer(torch.arange(result).double(), frequency)
+        angle = 2 * math.pi / n * torch.outer(found, frequency)
         cosine, sine = angle.cos() / n, angle.sin() / n
         columns = torch.stack([cosine, -sine], 2)
         if i == -1:  # the other half of the spectrum is the conjugate

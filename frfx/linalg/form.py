@@ -64,7 +64,7 @@ class Grid:
         Where transforms are products, those of the last dimension vary the slowest.
         """
         axes = [
-            torch.arange(f, dtype=torch.float64) / n
+            torch.arange(f, dtype=torch.float64, device="cpu") / n
             for f, n in zip(self.half, self.size, strict=True)
         ]
         if form == "dft":
@@ -78,10 +78,10 @@ class Grid:
             Runs of frequencies, as `frequencies` counts them; those that are in none, and for each
             of these the one in a run of which it is the conjugate.
         """
-        size = torch.tensor(self.size)
+        size = torch.tensor(self.size, device="cpu")
         steps = (self.frequencies(form) * size).round().long()
-        own = torch.arange(len(steps))
-        places = torch.full(self.size, len(steps))  # where there is none
+        own = torch.arange(len(steps), device="cpu")
+        places = torch.full(self.size, len(steps), device="cpu")  # where there is none
         places[tuple(steps.T)] = own
         opposite = places[tuple((-steps % size).T)]
         others = (opposite < own).nonzero().flatten()

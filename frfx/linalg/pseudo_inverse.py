@@ -114,9 +114,18 @@ def default_rcond(dtype: torch.dtype, size: int) -> float:
     return torch.finfo(solve_dtype(dtype)).eps * size
 
 
-def effective_rcond(rcond: float, damping: float) -> float:
-    """Return the cutoff that is left beside damping: none where the damping says more."""
-    return -1.0 if damping > rcond**2 else rcond
+def resolve_cutoff(rcond: float | None, damping: float, default: float) -> float:
+    """Return the share of the largest singular value up to which others count as zero.
+
+    Args:
+        rcond: What is asked for; None for the default.
+        damping: Tikhonov's parameter relative to the squared largest singular value. Where it says
+            more than the default cutoff, none is left, and -1 returned.
+        default: See `default_rcond`.
+    """
+    if rcond is not None:
+        return rcond
+    return -1.0 if damping > default**2 else default
 
 
 def pseudo_inverse(
@@ -130,14 +139,14 @@ def pseudo_inverse(
     """Invert a batch of matrices that together make up one operator.
 
     Solves `argmin |A d - r|^2 + damping s^2 |d|^2` with s the largest singular value of the batch;
-    without damping it is the pseudo-inverse with singular values up to `rcond * s` cut off.
+    singular values up to `rcond * s` are cut off.
 
     Args:
         matrices: Shape (..., m, n), float64 or complex128.
         exact: Use singular value decompositions. Otherwise the Gram matrices of the short side,
             several times faster and exact for singular values above 1e-7 s: enough for weights
             that came in single precision.
-        rcond: Cutoff relative to s; damping beyond its square takes its place.
+        rcond: Cutoff relative to s.
         damping: Tikhonov's parameter relative to s^2.
         scale: s, if the batch is a part of an operator whose spectrum is known; what the second
             result says of the part may then be missing. None for the largest of the batch.
@@ -145,7 +154,6 @@ def pseudo_inverse(
     Returns:
         The inverses, shape (..., n, m), and the singular values in short.
     """
-    rcond = effective_rcond(rcond, damping)
     rows, columns = matrices.shape[-2:]
     if exact:
         return _by_svd(matrices, rcond, damping, scale)
@@ -188,9 +196,7 @@ def pseudo_inverses(matrices: Tensor, rcond: float | None = None, damping: float
         Shape (..., n, m), of the type of the matrices, but single at least.
     """
     rows, columns = matrices.shape[-2:]
-    if rcond is None:
-        rcond = default_rcond(matrices.dtype, max(rows, columns))
-    rcond = effective_rcond(rcond, damping)
+    rcond = resolve_cutoff(rcond, damping, default_rcond(matrices.dtype, max(rows, columns)))
     with torch.no_grad():
         double = matrices.double()
         finite = torch.isfinite(double).all(-1, keepdim=True).all(-2, keepdim=True)
@@ -280,7 +286,6 @@ def inverse_gram(
         damping: See `pseudo_inverse`.
         scale: See `pseudo_inverse`.
     """
-    rcond = effective_rcond(rcond, damping)
     small = product.shape[-1] < _CHOLESKY_FROM
     return (_by_eigh if small else _by_cholesky)(product, rcond, damping, scale)
 
@@ -378,8 +383,9 @@ def _without_largest(matrix: Tensor, bound: float) -> tuple[Tensor, float] | Non
     """
     if matrix.shape[-1] < _DEFLATION_FROM:
         return None
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(len(matrix), _DEFLATED, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape, double = (len(matrix), _DEFLATED), torch.float64
+    vectors = torch.randn(shape, generator=generator, dtype=double, device="cpu")
     vectors = vectors.to(matrix.device, matrix.dtype)
     for _ in range(_DEFLATION_STEPS):
         vectors, _ = torch.linalg.qr(vectors)

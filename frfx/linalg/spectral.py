@@ -19,9 +19,9 @@ from frfx.linalg.pseudo_inverse import (
     Factor,
     Spectrum,
     default_rcond,
-    effective_rcond,
     inverse_gram,
     pseudo_inverse,
+    resolve_cutoff,
     solve_damped,
     solve_dtype,
 )
@@ -65,7 +65,8 @@ class SpectralFactor(Factor):
     ) -> None:
         transposed, conv = isinstance(operator, Transposed), convolution_of(operator)
         self.dtype = solve_dtype(conv.kernel.dtype)
-        single = damping >= _SINGLE_DAMPING and self.dtype == torch.float32
+        damps = damping >= _SINGLE_DAMPING and cutoff <= 0  # and nothing else
+        single = damps and self.dtype == torch.float32
         model = Polyphase(conv, torch.float32 if single else torch.float64)
         self._cutoff, self._damping, self._gram = cutoff, damping, gram
         self._transposed = transposed
@@ -89,10 +90,9 @@ class SpectralFactor(Factor):
         self._source_in_blocks = transposed if gram != "columns" else not transposed
         self._result_in_blocks = transposed if gram == "rows" else not transposed
         grid = Grid(model.grid, *sizes)
-        rcond = effective_rcond(cutoff, damping)
         if spectrum is None:
-            spectrum = (replace(model, dtype=torch.float64) if single else model).spectrum(rcond)
-        self.spectrum = spectrum.cut_off(rcond)
+            spectrum = (replace(model, dtype=torch.float64) if single else model).spectrum(cutoff)
+        self.spectrum = spectrum.cut_off(cutoff)
         # The operator is divided by its scale, so that its squares are within the range.
         self._scale = self.spectrum.largest or 1.0
         self._unscale = self._scale if gram is None else self._scale**2
@@ -105,7 +105,7 @@ class SpectralFactor(Factor):
             dtype=self.dtype,
             device=conv.kernel.device,
             memory=memory,
-            apply=self._apply_inverse if damping >= _SINGLE_DAMPING else None,
+            apply=self._apply_inverse if damps else None,
             backend=backend,
         )
         if not self.map.streams:
@@ -223,10 +223,10 @@ class Spectral:
     ) -> SpectralFactor:
         """Factor a convolution, or the transpose of one, whose spectrum may be known."""
         kernel = operator.kernel
-        cutoff = default_rcond(kernel.dtype, max(kernel.shape[:2]))
+        default = default_rcond(kernel.dtype, max(kernel.shape[:2]))
         return SpectralFactor(
             operator,
-            cutoff=cutoff if self.rcond is None else self.rcond,
+            cutoff=resolve_cutoff(self.rcond, self.damping, default),
             damping=self.damping,
             memory=self.memory,
             spectrum=spectrum,

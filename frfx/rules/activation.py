@@ -103,6 +103,7 @@ class ElementwiseRule(Rule):
     """
 
     equation = "Sec. 3.4 (a)"
+    anywhere = True
     function: Elementwise
     clamp_margin: float = 1e-3
 
@@ -269,6 +270,7 @@ class ReluIdentityRule(Rule):
 
     equation = "Sec. 3.4 (a.iii)"
     accuracy = "approximate: the target itself, also where the unit is off"
+    anywhere = True
 
     def supports(self, op: Op) -> str | None:
         return one_input(op)

@@ -103,7 +103,7 @@ class FactoredInversion(Inversion):
         super().__init__()
         self.op = op
         self.factors: dict[Shape, Any] = {}
-        self.like = torch.empty(0)
+        self.like = torch.empty(0, device="cpu")
 
     def key(self, input_shape: Shape, output_shape: Shape) -> Shape:
         """Return what of the shapes (without the batch) the factor depends on."""
@@ -215,11 +215,13 @@ class Rule(abc.ABC):
             cuts it off. Else ``"exact"`` followed by the exceptions, or ``"approximate: "``
             followed by what is done instead.
         solvers: What the inversions may solve with, as the summary names it.
+        anywhere: Whether a policy may give it to ops that it is not registered for.
     """
 
     equation: ClassVar[str] = ""
     accuracy: ClassVar[str] = "not stated"
     solvers: ClassVar[tuple[str, ...]] = ("closed form",)
+    anywhere: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -306,8 +308,6 @@ class SolverRule(AffineRule):
                 f"solver='iterative' cannot cut singular values off, as rcond={self.rcond!r} asks: "
                 "give it damping=..., or rcond=None"
             )
-        if not (isinstance(self.memory, numbers.Real) and float(self.memory) >= 0):
-            raise PolicyError(f"memory is a number of bytes, not {self.memory!r}")
         check_iteration(self.tolerance, self.max_steps, self.unconverged)
 
     def affine(
@@ -356,7 +356,7 @@ def check_iteration(tolerance: float, max_steps: int, unconverged: Unconverged) 
         raise PolicyError(f"max_steps={max_steps!r} is less than one step, or no whole number")
 
 
-_SIZES = ("label_margin", "clamp_margin", "rcond", "damping")
+_SIZES = ("label_margin", "clamp_margin", "rcond", "damping", "memory")
 """Options that are numbers from zero on; `rcond` and `damping` may be None."""
 
 
@@ -364,7 +364,11 @@ def check_size(option: str, value: Any) -> None:
     """Raise `PolicyError` for a value that an option cannot have, if it is a size."""
     if option not in _SIZES or (value is None and option in ("rcond", "damping")):
         return
-    if not (isinstance(value, numbers.Real) and 0 <= float(value) < math.inf):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if option == "memory":
+        if not number or not float(value) >= 0:
+            raise PolicyError(f"memory is a number of bytes, not {value!r}")
+    elif not number or not 0 <= float(value) < math.inf:
         raise PolicyError(f"{option} is a finite number from 0 on, not {value!r}")
     if option == "clamp_margin" and float(value) >= 1:
         raise PolicyError(f"clamp_margin={value!r} leaves no range: it is less than 1")

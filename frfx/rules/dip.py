@@ -46,7 +46,7 @@ class Dip:
     def nearest(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the nearest preimage; two exist for negative y, one otherwise.
 
-        Its derivative by y is that of the inverse function, 0 at the minimum.
+        Its derivatives by y, up to the third, are those of the inverse function, 0 at the minimum.
         """
         recorded = is_recorded(y)
         with torch.no_grad():
@@ -54,8 +54,12 @@ class Dip:
             if not recorded:
                 return found
             _, slope = self.at(found)
-            slope = torch.where(slope == 0, math.inf, slope)
-        return found + (y - y.detach()) / slope
+            flat = slope == 0
+        v = found + (y - y.detach()) / torch.where(flat, math.inf, slope)
+        # One of Newton's steps, of which only the derivatives count: it doubles their order.
+        value, slope = self.at(v)
+        step = (y - value) / torch.where(flat, math.inf, slope)
+        return v + (step - step.detach())
 
     def _nearest(self, y: Tensor, x: Tensor) -> Tensor:
         right, left = _tables(self, y.dtype, y.device)
@@ -87,7 +91,7 @@ class Dip:
 
     def _branch(self, side: float, y: Tensor, coordinate: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the preimages of y on one side of the minimum, from there on."""
-        v = self.argmin + side * torch.logspace(-4, 3, 1 << 15, dtype=y.dtype)
+        v = self.argmin + side * torch.logspace(-4, 3, 1 << 15, dtype=y.dtype, device="cpu")
         known, wanted = coordinate(self.at(v)[0]), coordinate(y)
         i = torch.searchsorted(known, wanted).clamp(1)
         share = (wanted - known[i - 1]) / (known[i] - known[i - 1])
@@ -111,7 +115,7 @@ def _made_tables(dip: Dip, dtype: torch.dtype, device: torch.device) -> Tensor:
         Shape (2, 2, cells): where a cell begins, and the way to where it ends.
     """
     with torch.inference_mode(False), torch.no_grad():
-        square = torch.linspace(0, 1, _CELLS + 1, dtype=torch.float64).square()
+        square = torch.linspace(0, 1, _CELLS + 1, dtype=torch.float64, device="cpu").square()
         y = dip.minimum + square * (_RIGHT_END - dip.minimum)
         right = dip._branch(1, y, dip._right) - y
         y = dip.minimum * (square * math.log(_LEFT_END / dip.minimum)).exp()

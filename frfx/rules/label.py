@@ -202,6 +202,8 @@ class _LabelRule(Rule):
     """What the embeddings have in common: argmax over the classes, sample by sample."""
 
     def supports(self, op: Op) -> str | None:
+        if op.type is not vocabulary.argmax:
+            return f"{type(self).__name__} is for the argmax that ends the network"
         reason = one_input(op, "dim")
         if reason:
             return reason

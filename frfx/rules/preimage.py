@@ -54,8 +54,8 @@ def elu(y: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def elu_range(alpha: float = 1.0) -> tuple[float, float]:
-    """The range of ELU and CELU; empty for a negative alpha, which folds or reverses them."""
-    return (-alpha, math.inf) if alpha >= 0 else (0, 0)
+    """The range of ELU and CELU; empty for an alpha that flattens, folds or reverses them."""
+    return (-alpha, math.inf) if alpha > 0 else (0, 0)
 
 
 _SELU_SCALE = 1.0507009873554804934193349852946

@@ -14,7 +14,7 @@ from frfx.linalg import Dense, Diagonal, Factor
 from frfx.linalg.pseudo_inverse import (
     Spectrum,
     default_rcond,
-    effective_rcond,
+    resolve_cutoff,
     solve_dtype,
 )
 from frfx.ops import Op, Shape
@@ -84,7 +84,7 @@ def _diagonal(op: Op, key: Shape) -> Diagonal:
     name = "other" if "input" in op.inputs else "input"
     scale = op.tensor(name)
     if scale is None:
-        scale = torch.tensor(op.arguments[name], dtype=torch.float64)
+        scale = torch.tensor(op.arguments[name], dtype=torch.float64, device="cpu")
     return Diagonal(scale if op.type is vocabulary.mul else scale.double().reciprocal())
 
 
@@ -92,8 +92,7 @@ def _inverse_of_squares(
     squares: Tensor, largest: Tensor, solver: Dense, dtype: torch.dtype
 ) -> Tensor:
     """Return `1 / (s^2 + damping max s^2)`, zero where s is cut off."""
-    rcond = default_rcond(dtype, 1) if solver.rcond is None else solver.rcond
-    rcond = max(effective_rcond(rcond, solver.damping), 0.0)
+    rcond = max(resolve_cutoff(solver.rcond, solver.damping, default_rcond(dtype, 1)), 0.0)
     kept = squares > rcond**2 * largest
     return torch.where(kept, 1 / torch.where(kept, squares + solver.damping * largest, 1), 0)
 

@@ -134,6 +134,7 @@ class RegionRule(CGLSRule):
 
     equation = "Eq. 4, 6 and 7 for the Jacobian of a whole region"
     accuracy = "approximate: the region is linearised at its forward values, and damped"
+    anywhere = True
     tolerance: float = _TOLERANCE
 
     def supports(self, op: Op) -> str | None:

@@ -36,10 +36,13 @@ class IdentityRule(Rule):
 
     equation = "Eq. 4"
     accuracy = "exact"
+    anywhere = True
 
     def supports(self, op: Op) -> str | None:
         if op.type in _RANDOM and op.module is None and op.arguments["training"]:
             return "it drops at random in evaluation mode, too: pass training=self.training"
+        if op.output_shape is not None and op.input_shapes != (op.output_shape,):
+            return "it changes the shape, so its target is none for its input"
         return one_input(op)
 
     def build(self, op: Op) -> Inversion:

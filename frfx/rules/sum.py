@@ -9,7 +9,7 @@ from torch import Tensor
 
 from frfx import vocabulary
 from frfx.linalg import Dense
-from frfx.linalg.pseudo_inverse import effective_rcond
+from frfx.linalg.pseudo_inverse import resolve_cutoff
 from frfx.ops import Op
 from frfx.registry import register_rule
 from frfx.rules.base import AffineRule, Inversion
@@ -36,7 +36,7 @@ class SumInversion(Inversion):
     def __init__(self, coefficients: tuple[float | None, ...], solver: Dense) -> None:
         super().__init__()
         self.coefficients = coefficients
-        self.rcond = effective_rcond(solver.rcond or 0.0, solver.damping)
+        self.rcond = resolve_cutoff(solver.rcond, solver.damping, 0.0)
         self.damping = solver.damping
 
     def forward(  # type: ignore[override]

@@ -602,3 +602,15 @@ def test_names_do_not_collide():
     torch.testing.assert_close(inverse(x, y), frfx.invert(twin, "input")(x, y))
     names = [re.sub(r"_1$", "", row.node) for row in inverse.summary()]
     assert names[1:] == [re.sub(r"_1$", "", name) for name in reversed(model.names)]
+
+
+@pytest.mark.parametrize("layer", ["0", "2"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_feature_is_no_tensor_of_the_caller(layer, context):
+    """Not where the walk back only reshapes the target, or there is none."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten())
+    x, target = torch.randn(2, 1, 3, 3), torch.rand(2, 18)
+    before = target.clone()
+    with context():
+        frfx.invert(model, layer)(x, target).zero_()
+    assert torch.equal(target, before)

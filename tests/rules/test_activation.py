@@ -486,6 +486,20 @@ def test_a_dips_derivative_is_that_of_its_inverse(name):
     torch.testing.assert_close(along[2:], gradient[2:])
 
 
+@pytest.mark.parametrize("name", DIPS)
+def test_a_dips_derivatives_have_derivatives(name):
+    x, y = 2 * normal(0, 30), DIPS[name].minimum + 0.1 + normal(1, 30).abs()
+    y.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda y: DIPS[name].nearest(y, x), y)
+    torch.func.vmap(torch.func.hessian(DIPS[name].nearest))(y, x)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0])
+def test_an_elu_that_does_not_increase_is_refused(alpha):
+    with pytest.raises(frfx.UnsupportedOpsError, match="no range is known"):
+        frfx.invert(nn.Sequential(nn.ELU(alpha)), 0)
+
+
 SPELLINGS = [
     pytest.param(name, spelling, id=f"{name}: {label}")
     for name, case in ACTIVATIONS.items()

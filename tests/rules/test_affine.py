@@ -240,3 +240,76 @@ def test_numbers_do_not_widen_the_walk(function):
     x, target = normal(0, 2, 3).float(), normal(1, 2, 3).float()
     nodes = invert(function).reconstruct(x, target)
     assert {node.target.dtype for node in nodes.values()} == {torch.float32}
+
+
+def cut_and_damped(matrix, residual, rcond, damping):
+    """Return the damped solutions without the singular values that are cut off."""
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    weights = values / (values**2 + damping * values[0] ** 2) * (values > rcond * values[0])
+    return residual @ left @ np.diag(weights) @ right
+
+
+class Scaled(nn.Module):
+    """Multiplies by a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(normal(4, 6, 6))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.05, 0.3])
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        (nn.Linear(6, 5), {}),
+        (nn.Linear(6, 9), {}),
+        (nn.Conv2d(2, 3, 2), {"solver": "dense"}),
+        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), {"solver": "spectral"}),
+        (nn.Conv2d(2, 3, 1), {}),
+        (nn.ConvTranspose2d(2, 2, 2), {"solver": "dense"}),
+        (nn.AvgPool2d(3, 1), {}),
+        (nn.BatchNorm2d(2, affine=False), {}),
+        (Scaled(), {}),
+    ],
+    ids=str,
+)
+def test_a_cutoff_that_is_asked_for_stays_beside_damping(layer, options, damping):
+    """However large: what is cut off is not moved."""
+    layer = nn.Sequential(layer).double().eval().requires_grad_(False)
+    if isinstance(layer[0], nn.BatchNorm2d):
+        layer[0].running_var.copy_(torch.tensor([1.0, 40.0]))
+    x = normal(1, 3, 2, 6, 6)
+    y = layer(x)
+    target = y + normal(2, *y.shape)
+    policy = frfx.policy.minimal(rcond=0.3, damping=damping)
+    if options:
+        policy = policy.override(op=type(layer[0]), **options)
+    found = frfx.invert(layer, 0, policy=policy)(x, target)
+    basis = torch.eye(72, dtype=torch.float64).view(72, 2, 6, 6)
+    matrix = (layer(basis) - layer(0 * basis)).flatten(1).T.numpy()
+    deviation = cut_and_damped(matrix, (target - y).flatten(1).numpy(), 0.3, damping)
+    assert relative((found - x).flatten(1), deviation) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3, padding=1), nn.ConvTranspose2d(2, 3, 3, 2),
+        nn.Conv2d(2, 2, 3, groups=2), nn.Linear(6, 4), nn.SiLU(), nn.Tanh(), nn.MaxPool2d(2),
+        nn.AvgPool2d(3, 1), nn.GroupNorm(1, 2), nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Softmax(1), nn.ReflectionPad2d(1), nn.ChannelShuffle(2), Scaled(),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_default_device_is_read(layer):
+    """It may be another than the model's."""
+    layer = nn.Sequential(layer).double()
+    x = normal(1, 3, 2, 6, 6)
+    target = layer(x + 0.1).detach()
+    expected = frfx.invert(layer, 0, policy="minimal")(x, target)
+    with torch.device("meta"):
+        found = frfx.invert(layer, 0, policy="minimal")(x, target)
+    torch.testing.assert_close(found, expected)
