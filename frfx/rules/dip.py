@@ -126,7 +126,7 @@ def _made_tables(dip: Dip, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _read(table: Tensor, coordinate: Tensor) -> Tensor:
     """Return what a table says, linearly between its entries, and at its ends of all beyond."""
     place = coordinate.nan_to_num().clamp(0, _CELLS - 1 / 8).flatten()
-    cell = place.to(torch.int32)
+    cell = place.to(torch.int64 if is_recorded(place) else torch.int32)  # as vmap of 2.7 asks
     start, way = (entries.index_select(0, cell) for entries in table)
     return torch.addcmul(start, way, place.frac()).view(coordinate.shape)
 
