@@ -55,10 +55,10 @@ def cgls(
     unit = _unit(right)
     right = right / unit
     start = unstructured(right)
-    steepness = _squares(rmv(start)) / _squares(start)
-    way = _Way(right, rmv(right), steepness, shift, tolerance, miss)
-    way.go(mv, rmv, max_steps)
-    return way.solution * unit, way.convergence()
+    largest = _squares(rmv(start)) / _squares(start)
+    iteration = _Iteration(right, rmv(right), largest, shift, tolerance, miss)
+    iteration.run(mv, rmv, max_steps)
+    return iteration.solution * unit, iteration.convergence()
 
 
 def damped_cgls(
@@ -86,41 +86,43 @@ def damped_cgls(
     unit = _unit(right)
     right = right / unit
     known = bidiagonalise(mv, rmv, right, _KNOWN_STEPS)
-    steepness = known.largest().square()
-    way = _Way(known.start, known.rmv(known.start), steepness, damping * steepness, tolerance)
-    way.go(known.mv, known.rmv, min(_KNOWN_STEPS, max_steps))
-    way.leave(known)
-    way.go(mv, rmv, max_steps - _KNOWN_STEPS)
-    return way.solution * unit, way.convergence()
+    largest = known.largest().square()
+    iteration = _Iteration(
+        known.start, known.rmv(known.start), largest, damping * largest, tolerance
+    )
+    iteration.run(known.mv, known.rmv, min(_KNOWN_STEPS, max_steps))
+    iteration.expand(known)
+    iteration.run(mv, rmv, max_steps - _KNOWN_STEPS)
+    return iteration.solution * unit, iteration.convergence()
 
 
-class _Way:
-    """Conjugate gradients on their way, from no step on.
+class _Iteration:
+    """The state of conjugate gradients, from no step on.
 
     Args:
         right: The right-hand sides, shape (N, m).
         gradient: `J^T right`.
-        steepness: An estimate of the largest eigenvalue of `J^T J`, shape (N,).
+        largest: An estimate of the largest eigenvalue of `J^T J`, shape (N,).
         shift: See `cgls`, as all that follows.
         tolerance: One number or one a sample.
         miss: As the tolerance.
 
     Attributes:
-        solution: Where it has come to, shape (N, n).
+        solution: The solution so far, shape (N, n).
     """
 
     def __init__(
         self,
         right: Tensor,
         gradient: Tensor,
-        steepness: Tensor,
+        largest: Tensor,
         shift: Tensor | float,
         tolerance: Tensor | float,
         miss: Tensor | float = 0.0,
     ) -> None:
         self._shift = torch.as_tensor(shift, dtype=right.dtype, device=right.device)
         self._shift = self._shift.expand(len(right))
-        self._steepness = steepness  # the largest ratio met so far
+        self._largest = largest  # the largest ratio met so far
         self._residual = right
         self._first = self._size = _squares(gradient)
         self._direction = torch.where(self._size.isfinite()[:, None], gradient, 0)
@@ -132,11 +134,11 @@ class _Way:
 
     def _is_open(self) -> Tensor:
         left = _squares(self._residual) + self._shift * _squares(self.solution)
-        rounding = self._noise * self._steepness * left
+        rounding = self._noise * self._largest * left
         return (self._size > self._enough) & (left > self._least) & (self._size > rounding)
 
-    def go(self, mv: Map, rmv: Map, steps: int) -> None:
-        """Go on, until all samples are there or have gone so many steps."""
+    def run(self, mv: Map, rmv: Map, steps: int) -> None:
+        """Take so many steps, or fewer where all samples are solved before."""
         for _ in range(steps):
             active = self._is_open()
             if not bool(active.any()):  # synchronises
@@ -145,7 +147,7 @@ class _Way:
             length = _squares(self._direction)
             curvature = _squares(image) + self._shift * length
             ratio = torch.where(active, curvature / length, 0)
-            self._steepness = self._steepness.maximum(ratio)
+            self._largest = self._largest.maximum(ratio)
             active &= curvature > 0
             ratio = torch.where(active, self._size / torch.where(active, curvature, 1), 0)[:, None]
             self.solution = self.solution + ratio * self._direction
@@ -158,8 +160,8 @@ class _Way:
             self._direction = torch.where(active[:, None], following, self._direction)
             self._steps += active
 
-    def leave(self, known: Bidiagonal) -> None:
-        """Go over from what a bidiagonalisation knows of J to J itself."""
+    def expand(self, known: Bidiagonal) -> None:
+        """Write what is in terms of a bidiagonalisation's vectors as vectors of J."""
         self._residual = known.of_left(self._residual)
         self._direction = known.of_right(self._direction)
         self.solution = known.of_right(self.solution)
@@ -169,7 +171,7 @@ class _Way:
         first = torch.where(self._first > 0, self._first, 1)
         left = torch.where(self._first > 0, self._size / first, 0).sqrt()
         # Of a product that is not finite, no step is known.
-        finite = self._size + _squares(self._residual) + self._shift + self._steepness
+        finite = self._size + _squares(self._residual) + self._shift + self._largest
         finite = finite.isfinite()
         there = ~self._is_open() & finite
         return Convergence(torch.where(finite, left, 1), self._steps, there)
