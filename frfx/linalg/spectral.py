@@ -159,6 +159,11 @@ class SpectralFactor(Factor):
         inverse, _ = inverse_gram(product, self._cutoff, self._damping, scale=1.0)
         return inverse
 
+    @property
+    def shift(self) -> float:
+        """What the damping adds to the squared singular values."""
+        return self._damping * self._scale**2
+
     def solve(self, residual: Tensor) -> Tensor:
         """Map residuals (N, *out_shape) to deviations (N, *in_shape)."""
         residual = residual.to(self.dtype)
