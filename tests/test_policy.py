@@ -373,6 +373,7 @@ def test_rule_that_does_not_fit_is_a_reason():
         (nn.Linear(4, 4), frfx.rules.SoftmaxRule()),
         (nn.Linear(4, 4), frfx.rules.OneHotRule()),
         (nn.Linear(4, 3), frfx.rules.IdentityRule()),
+        (nn.Linear(4, 3), ReluIdentityRule()),
     ],
     ids=str,
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from frfx import vocabulary
-from frfx.compiler.forward import call_of, is_hooked, without_hooks
+from frfx.compiler.forward import call_of, calls_plainly, is_hooked, without_hooks
 from frfx.compiler.stage import Shorter, Stage, Walk
 from frfx.linalg import Matrix, Separable
 from frfx.linalg.auto import Choice
@@ -191,4 +191,4 @@ def write(chain: Sequence[Stage], walk: Walk, shorter: Shorter) -> None:
 
 def _calls_one(node: fx.Node | None) -> bool:
     """Tell whether a node reads one value and nothing else, not even sizes."""
-    return node is not None and len(node.all_input_nodes) == 1
+    return node is not None and len(node.all_input_nodes) == 1 and calls_plainly(node)

@@ -71,6 +71,11 @@ def call_of(node: fx.Node, root: nn.Module) -> Callable[[Tensor], Tensor]:
     return call
 
 
+def calls_plainly(node: fx.Node) -> bool:
+    """Tell whether what `call_of` returns is called as the node is: hooks of modules may look."""
+    return node.op != "call_module" or (len(node.args) == 1 and not node.kwargs)
+
+
 def without_hooks(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Return what a call computes, for a value that hooks have seen: these only look."""
     return call.forward if isinstance(call, nn.Module) else call

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, fx, nn
 
 from frfx.compiler.bind import bind, live_nodes
-from frfx.compiler.forward import add_child, is_hooked
+from frfx.compiler.forward import add_child, calls_plainly, is_hooked
 from frfx.compiler.trace import Traced
 from frfx.linalg.products import linear
 
@@ -50,7 +50,9 @@ def multiply_fast(
     """
     live, there = live_nodes(traced.graph), set(graph.nodes)
     for node, copy in copies.items():
-        if copy not in there or node not in live or node.op != "call_module":
+        if copy not in there or node not in live:
+            continue
+        if node.op != "call_module" or not calls_plainly(node):
             continue
         op = bind(node, traced, live)
         if op.spelling is not nn.Linear or not isinstance(op.module, nn.Linear):
@@ -58,4 +60,3 @@ def multiply_fast(
         if op.module.weight.numel() >= _LARGE and set(op.inputs) == {"input"}:
             name = add_child(replaced, copy.name, Product(op.module))
             copy.target = f"replaced.{name}"
-            copy.args, copy.kwargs = tuple(copy.all_input_nodes), {}

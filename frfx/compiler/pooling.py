@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from frfx import vocabulary
 from frfx.compiler.bind import bind, live_nodes, op_type
-from frfx.compiler.forward import add_child, call_of, is_hooked
+from frfx.compiler.forward import add_child, call_of, calls_plainly, is_hooked
 from frfx.compiler.rows import in_rows, most_rows
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend, torch_backend
@@ -163,6 +163,8 @@ def pool_first(
     for node, copy in copies.items():
         if copy not in there or op_type(node, traced.root) is not vocabulary.max_pool:
             continue
+        if not calls_plainly(node):
+            continue
         op = bind(node, traced, live)
         if MaxPoolMinimalRule().supports(op) is not None:
             continue
@@ -173,7 +175,7 @@ def pool_first(
             source = source.all_input_nodes[0]
         if set(copies[source].users) == {reader} and _rows_of(op) > 1:
             before = bind(source, traced, live)
-            if in_rows(before):
+            if in_rows(before) and calls_plainly(source):
                 convolution, first = call_of(source, traced.root), before
                 source = source.all_input_nodes[0]
         pooling = Pooling(op, call_of(node, traced.root), activation, convolution, first)
@@ -184,7 +186,7 @@ def pool_first(
 
 
 def _is_increasing(node: fx.Node, traced: Traced, live: set[fx.Node]) -> bool:
-    if op_type(node, traced.root) not in INCREASING:
+    if op_type(node, traced.root) not in INCREASING or not calls_plainly(node):
         return False
     op = bind(node, traced, live)
     return op.type in INCREASING and set(op.inputs) == {"input"} and not op.computed

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from frfx.compiler.bind import bind, live_nodes
-from frfx.compiler.forward import add_child, is_hooked
+from frfx.compiler.forward import add_child, calls_plainly, is_hooked
 from frfx.compiler.trace import Traced
 from frfx.ops import Op
 from frfx.recording import is_recorded
@@ -126,13 +126,14 @@ def convolve_in_rows(
     """
     live, there = live_nodes(traced.graph), set(graph.nodes)
     for node, copy in copies.items():
-        if copy not in there or node not in live or node.op != "call_module":
+        if copy not in there or node not in live:
+            continue
+        if node.op != "call_module" or not calls_plainly(node):
             continue
         op = bind(node, traced, live)
         if in_rows(op) and cast(nn.Conv2d, op.module).out_channels <= _FEW:
             name = add_child(replaced, copy.name, InRows(op))
             copy.target = f"replaced.{name}"
-            copy.args, copy.kwargs = tuple(copy.all_input_nodes), {}
 
 
 def in_rows(op: Op) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frfx import vocabulary
-from frfx.compiler.forward import call_of, without_hooks
+from frfx.compiler.forward import call_of, calls_plainly, without_hooks
 from frfx.compiler.pooling import INCREASING, Pooling, windows
 from frfx.compiler.stage import Shorter, Stage, Walk
 from frfx.linalg.copies import Copies
@@ -155,6 +155,8 @@ def find(walk: Walk, stage: Stage) -> tuple[Stage, Stage] | None:
     """Return the stages of pooling and of the activation in front, if this is one of the latter."""
     op, pool = stage.step.op, walk.before(stage)
     if pool is None or pool.step.node is None or stage.step.node is None:
+        return None
+    if not calls_plainly(pool.step.node) or not calls_plainly(stage.step.node):
         return None
     unpool, inversion = type(walk.inversion(pool)), walk.inversion(stage)
     if unpool not in (CopyToWindow, MinimalMaxUnpool):

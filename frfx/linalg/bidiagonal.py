@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,10 @@ class Bidiagonal:
     def of_right(self, x: Tensor) -> Tensor:
         """Return the vector that is x in terms of V."""
         return (x[:, None] @ self.right)[:, 0]
+
+    def __truediv__(self, scale: Tensor) -> Bidiagonal:
+        """Return what the operators over a number each, shape (N, 1), are."""
+        return replace(self, matrix=self.matrix / scale[..., None])
 
     def largest(self) -> Tensor:
         """Return the largest singular values, from below; NaN of what is not finite."""

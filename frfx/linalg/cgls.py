@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from frfx.linalg.bidiagonal import Bidiagonal, bidiagonalise, unstructured
+from frfx.linalg.bidiagonal import (
+    Bidiagonal,
+    bidiagonalise,
+    largest_singular_values,
+    unstructured,
+)
 from frfx.linalg.conjugate_gradients import Convergence
 from frfx.linalg.linear_function import Map
 
@@ -73,8 +78,8 @@ def damped_cgls(
         mv: See `cgls`, as all that follows.
         rmv: The transpose.
         right: Shape (N, m).
-        damping: Tikhonov's parameter relative to the square of the largest singular value, as the
-            bidiagonalisation from `right` on estimates it, from below.
+        damping: Tikhonov's parameter relative to the square of the largest singular value, as
+            `bidiagonalise` from `right` on and the power method from elsewhere estimate it.
         tolerance: Of the residual of the normal equations.
         max_steps: Bound on the steps.
 
@@ -84,16 +89,19 @@ def damped_cgls(
     if not damping:
         return cgls(mv, rmv, right, tolerance=tolerance, max_steps=max_steps)
     unit = _unit(right)
-    right = right / unit
-    known = bidiagonalise(mv, rmv, right, _KNOWN_STEPS)
-    largest = known.largest().square()
+    known = bidiagonalise(mv, rmv, right / unit, _KNOWN_STEPS)
+    # What the right-hand side does not see at all would make the damping jump, once it does.
+    largest = known.largest().maximum(largest_singular_values(mv, rmv, rmv(unstructured(right)), 1))
+    scale = torch.where(largest.isfinite() & (largest > 0), largest, 1)[:, None]
+    known = known / scale
+    # Of J over its largest singular value, so that no square of its products leaves the range.
     iteration = _Iteration(
-        known.start, known.rmv(known.start), largest, damping * largest, tolerance
+        known.start, known.rmv(known.start), torch.ones_like(largest), damping, tolerance
     )
     iteration.run(known.mv, known.rmv, min(_KNOWN_STEPS, max_steps))
     iteration.expand(known)
-    iteration.run(mv, rmv, max_steps - _KNOWN_STEPS)
-    return iteration.solution * unit, iteration.convergence()
+    iteration.run(lambda x: mv(x) / scale, lambda y: rmv(y) / scale, max_steps - _KNOWN_STEPS)
+    return iteration.solution * (unit / scale), iteration.convergence()
 
 
 class _Iteration:

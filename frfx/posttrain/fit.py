@@ -214,7 +214,7 @@ class _Cache:
             self.kept = [torch.cat(column) for column in zip(*parts, strict=True)]
             self.weights = Weights(self.targets.frozen)
         x, y, target = self.kept
-        for chosen in torch.randperm(len(x)).split(self.size):
+        for chosen in torch.randperm(len(x), device="cpu").split(self.size):
             index = chosen.to(x.device)
             yield x[index], y[index], target[index]
 

@@ -45,7 +45,9 @@ class Scale:
 
     def divide(self, loss: Tensor) -> Tensor:
         """Return the loss over the scale; as it is while all targets have been the features."""
-        mean = torch.as_tensor(self._sum / max(self._count, 1)).to(loss)
+        mean = torch.as_tensor(
+            self._sum / max(self._count, 1), dtype=loss.dtype, device=loss.device
+        )
         return loss / torch.where(mean > 0, mean, 1)
 
 

@@ -23,7 +23,7 @@ from frfx.errors import RegistryError
 from frfx.ops import Op, OpType, Shape
 from frfx.registry import register_rule
 from frfx.rules import dip, preimage
-from frfx.rules.base import FactoredInversion, Inversion, Rule, one_input
+from frfx.rules.base import FactoredInversion, Inversion, Rule, keeps_shape, one_input
 from frfx.rules.parts import by_parts
 from frfx.rules.shape import PassThrough
 from frfx.rules.where import where_equal
@@ -118,7 +118,7 @@ class ElementwiseRule(Rule):
     def supports(self, op: Op) -> str | None:
         if op.type is not None and op.type.parametric:
             return "it is no function of single entries"
-        reason = one_input(op, *op.computed)
+        reason = one_input(op, *op.computed) or keeps_shape(op)
         if reason:
             return reason
         if op.tensor_of and op.module is None:
@@ -273,7 +273,7 @@ class ReluIdentityRule(Rule):
     anywhere = True
 
     def supports(self, op: Op) -> str | None:
-        return one_input(op)
+        return one_input(op) or keeps_shape(op)
 
     def build(self, op: Op) -> Inversion:
         return PassThrough()

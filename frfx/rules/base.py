@@ -381,6 +381,13 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
         raise PolicyError(f"{option}={value!r} is none of {shown}")
 
 
+def keeps_shape(op: Op) -> str | None:
+    """Return why a rule for single entries cannot be for an op, or None."""
+    if op.output_shape is not None and op.input_shapes != (op.output_shape,):
+        return "it changes the shape, so its target is none for its input"
+    return None
+
+
 def one_input(op: Op, *read: str) -> str | None:
     """Return why an op cannot be inverted through its argument `input` alone, or None.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from frfx import vocabulary
 from frfx.ops import Op
 from frfx.registry import register_rule
-from frfx.rules.base import Inversion, Rule, one_input
+from frfx.rules.base import Inversion, Rule, keeps_shape, one_input
 
 
 class PassThrough(Inversion):
@@ -41,9 +41,7 @@ class IdentityRule(Rule):
     def supports(self, op: Op) -> str | None:
         if op.type in _RANDOM and op.module is None and op.arguments["training"]:
             return "it drops at random in evaluation mode, too: pass training=self.training"
-        if op.output_shape is not None and op.input_shapes != (op.output_shape,):
-            return "it changes the shape, so its target is none for its input"
-        return one_input(op)
+        return one_input(op) or keeps_shape(op)
 
     def build(self, op: Op) -> Inversion:
         return PassThrough()

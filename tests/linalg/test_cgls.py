@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from frfx.linalg.bidiagonal import bidiagonalise, largest_singular_values
+from frfx.linalg.bidiagonal import bidiagonalise, largest_singular_values, unstructured
 from frfx.linalg.cgls import cgls, damped_cgls
 from tests.oracles import Array, normal, relative
 
@@ -209,6 +209,13 @@ def seen(matrix: Tensor, right: Tensor, steps: int) -> Tensor:
     return torch.stack(values)
 
 
+def estimated(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return what damping is relative to: also what one product from elsewhere shows."""
+    elsewhere = products(matrix)[1](unstructured(right))
+    image, length = products(matrix)[0](elsewhere).norm(dim=1), elsewhere.norm(dim=1)
+    return seen(matrix, right, 4).maximum(torch.where(length > 0, image / length, 0))
+
+
 @given(**SYSTEMS, steps=st.integers(1, 5))
 def test_bidiagonalisation(seed, rows, columns, rank, steps):
     """What it says of the operator is so, and its largest singular value is one from below."""
@@ -236,7 +243,7 @@ def test_damping_is_relative_to_the_largest_singular_value(seed, rows, columns, 
     options = {"tolerance": 1e-13, "max_steps": 500}
     found, convergence = damped_cgls(*products(matrix), right, damping=damping, **options)
     if damping:
-        expected = damped(matrix, right, damping * seen(matrix, right, 4).square())
+        expected = damped(matrix, right, damping * estimated(matrix, right).square())
     else:
         expected = pseudo_inverse(matrix, right)
     assert bool(convergence.converged.all())
@@ -252,12 +259,34 @@ def test_the_first_steps_are_those_of_conjugate_gradients(
     matrix = matrices(seed, rows, columns, rank, condition=100.0)
     right, options = normal(seed + 7, COUNT, rows), {"tolerance": tolerance, "max_steps": max_steps}
     found, convergence = damped_cgls(*products(matrix), right, damping=1e-2, **options)
-    shift = 1e-2 * seen(matrix, right, 4).square()
+    shift = 1e-2 * estimated(matrix, right).square()
     expected, known = cgls(*products(matrix), right, shift=shift, **options)
     assert relative(found, expected) < 1e-6
     torch.testing.assert_close(convergence.residual, known.residual, rtol=1e-4, atol=1e-7)
     if tolerance > 1e-12:
         assert convergence.steps.tolist() == known.steps.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gain", [1e-15, 1e-10, 1e10, 1e15])
+def test_operators_of_any_scale(gain, dtype):
+    """The squares of their products neither overflow nor vanish."""
+    matrix, right = matrices(0, 6, 5, 5), normal(1, COUNT, 6)
+    options = {"damping": 1e-3, "tolerance": 1e-5, "max_steps": 50}
+    expected, _ = damped_cgls(*products(matrix), right, **options)
+    found, convergence = damped_cgls(
+        *products((gain * matrix).to(dtype)), right.to(dtype), **options
+    )
+    assert bool(convergence.converged.all())
+    assert relative(found.double() * gain, expected) < 1e-4
+
+
+def test_damping_does_not_jump_with_what_the_right_side_begins_to_see():
+    matrix = torch.diag(torch.tensor([1.0, 1e-3], dtype=torch.float64))[None]
+    blind, seeing = (torch.tensor([[e, 1.0]], dtype=torch.float64) for e in (0.0, 1e-12))
+    options = {"damping": 1e-2, "tolerance": 1e-10, "max_steps": 50}
+    found, expected = (damped_cgls(*products(matrix), r, **options)[0] for r in (blind, seeing))
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=1e-9)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

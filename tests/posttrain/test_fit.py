@@ -373,3 +373,23 @@ def test_parametrized_layers_are_trained():
     assert changed >= {"0.bias", "0.parametrizations.weight.original", "2.bias"}
     assert not any("_u" in name or "_v" in name for name in changed)  # no power iteration
     assert records[-1].loss < records[0].loss
+
+
+@pytest.mark.parametrize("options", [{"targets": "cache"}, {"weighing": "relative"}], ids=str)
+def test_no_default_device_is_read(options):
+    """It may be another than the model's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
+    batches = [(torch.randn(3, 8), torch.tensor([0, 1, 2]))]
+    trained = []
+    for device in ("cpu", "meta"):
+        twin = copy.deepcopy(model)
+        torch.manual_seed(1)
+        with torch.device(device):
+            frfx.post_train(
+                twin, batches, upto_layer="1", epochs=1,
+                optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options,
+            )  # fmt: skip
+        trained.append(twin[1].weight.detach())
+    assert torch.equal(*trained)
+    assert not torch.equal(trained[0], model[1].weight)
