@@ -10,12 +10,11 @@ from typing import Any
 from torch import fx, nn
 
 from frfx import vocabulary
+from frfx.compiler.faster import replace_layers
 from frfx.compiler.forward import add_child, copy_nodes, forget_unused
-from frfx.compiler.linear import multiply_fast
 from frfx.compiler.merge import merge
 from frfx.compiler.plan import Plan, Step
 from frfx.compiler.pooling import pool_first
-from frfx.compiler.rows import convolve_in_rows
 from frfx.compiler.stage import Stage
 from frfx.compiler.trace import Traced
 from frfx.linalg.backend import Backend
@@ -73,8 +72,7 @@ def emit(traced: Traced, plan: Plan, backend: Backend) -> Emitted:
     replaced = nn.Module()
     pool_first(traced, graph, walk.copies, backend, replaced)
     forget_unused(graph)  # what is called within
-    convolve_in_rows(traced, graph, walk.copies, replaced)
-    multiply_fast(traced, graph, walk.copies, replaced)
+    replace_layers(traced, graph, walk.copies, replaced)
     shorter, merged = merge(graph, walk.copies, stages, inversions, traced.root)
     return Emitted(
         shorter, graph, replaced, merged, inversions, tuple(stages), cut.name, feature.name

@@ -7,16 +7,13 @@ rows, and higher by as many.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from frfx.compiler.bind import bind, live_nodes
-from frfx.compiler.forward import add_child, calls_plainly, is_hooked
-from frfx.compiler.trace import Traced
+from frfx.compiler.forward import is_hooked
 from frfx.ops import Op
 from frfx.recording import is_recorded
 from frfx.rules.base import one_input
@@ -101,6 +98,12 @@ class InRows(nn.Module):
         super().__init__()
         self._op = op
 
+    @classmethod
+    def of(cls, op: Op) -> InRows | None:
+        """Return one for a convolution of few channels; None for anything else."""
+        few = in_rows(op) and cast(nn.Conv2d, op.module).out_channels <= _FEW
+        return cls(op) if few else None
+
     def forward(self, x: Tensor) -> Tensor:
         """Return what the layer gives, to rounding."""
         layer = self._op.module
@@ -111,29 +114,6 @@ class InRows(nn.Module):
             result: Tensor = layer(x)
             return result
         return rows(x).transpose(2, 3).flatten(2, 3)
-
-
-def convolve_in_rows(
-    traced: Traced, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], replaced: nn.Module
-) -> None:
-    """Rewrite the convolutions of few channels in the forward part of a reconstruction graph.
-
-    Args:
-        traced: The network.
-        graph: The reconstruction graph; these nodes call `replaced.<name>` afterwards.
-        copies: The forward nodes in that graph.
-        replaced: The children of `replaced`, to which those for convolutions are added.
-    """
-    live, there = live_nodes(traced.graph), set(graph.nodes)
-    for node, copy in copies.items():
-        if copy not in there or node not in live:
-            continue
-        if node.op != "call_module" or not calls_plainly(node):
-            continue
-        op = bind(node, traced, live)
-        if in_rows(op) and cast(nn.Conv2d, op.module).out_channels <= _FEW:
-            name = add_child(replaced, copy.name, InRows(op))
-            copy.target = f"replaced.{name}"
 
 
 def in_rows(op: Op) -> bool:
