@@ -188,8 +188,8 @@ def register_elementwise(
     Args:
         op: A module class, function, name of a tensor method or ATen overload, or a tuple of
             spellings of the same op.
-        inverse: The inverse of a bijection onto its range: a function of the target. It gets the
-            op's further arguments by name, if it has any.
+        inverse: The inverse of a bijection onto its range: a function of the target, of any shape:
+            large ones come in parts. It gets the op's further arguments by name, if it has any.
         nearest: Instead of `inverse`, for a function that is not injective: a function of the
             target and the forward input that returns the preimage nearest to the latter.
         range: The ends of the function's range; targets are limited to it first.
