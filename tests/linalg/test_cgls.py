@@ -253,20 +253,22 @@ def test_damping_is_relative_to_the_largest_singular_value(seed, rows, columns, 
         assert relative(found[k], expected[k]) < 1e-9
 
 
-@given(**SYSTEMS, max_steps=st.integers(0, 7), tolerance=st.sampled_from([1e-1, 1e-4, 1e-13]))
+@given(
+    seed=SYSTEMS["seed"], rows=st.integers(9, 12), columns=st.integers(9, 12),
+    max_steps=st.integers(0, 7), tolerance=st.sampled_from([1e-1, 1e-4, 1e-13]),
+)  # fmt: skip
 def test_the_first_steps_are_those_of_conjugate_gradients(
-    seed, rows, columns, rank, max_steps, tolerance
+    seed, rows, columns, max_steps, tolerance
 ):
     """Among the vectors of the bidiagonalisation, and from there on."""
-    matrix = matrices(seed, rows, columns, rank, condition=100.0)
+    matrix = matrices(seed, rows, columns, 12)
     right, options = normal(seed + 7, COUNT, rows), {"tolerance": tolerance, "max_steps": max_steps}
     found, convergence = damped_cgls(*products(matrix), right, damping=1e-2, **options)
     shift = 1e-2 * estimated(matrix, right).square()
     expected, known = cgls(*products(matrix), right, shift=shift, **options)
-    assert relative(found, expected) < 1e-6
-    torch.testing.assert_close(convergence.residual, known.residual, rtol=1e-4, atol=1e-7)
-    if tolerance > 1e-12:
-        assert convergence.steps.tolist() == known.steps.tolist()
+    assert relative(found, expected) < 1e-10
+    torch.testing.assert_close(convergence.residual, known.residual, rtol=1e-8, atol=1e-11)
+    assert convergence.steps.tolist() == known.steps.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
