@@ -18,7 +18,6 @@ from frfx.compiler.trace import Traced
 from frfx.errors import NonFiniteError
 from frfx.joint import JointInversion, Report
 from frfx.ops import Shape, show_shape
-from frfx.recording import is_recorded
 from frfx.rules.base import FactoredInversion, Inversion
 from frfx.view import unlink
 
@@ -201,16 +200,10 @@ class Inverse(fx.GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
-            feature: Tensor = super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
         except NonFiniteError:
             self.reconstruct(*args, **kwargs)  # names the first node
             raise
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if is_recorded(feature, *given):
-            return feature
-        # The walk may be no step but reshaping the target, which is the caller's.
-        taken = any(t.untyped_storage()._cdata == feature.untyped_storage()._cdata for t in given)
-        return feature.clone() if taken else feature
 
     @property
     def layer(self) -> str:

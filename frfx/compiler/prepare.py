@@ -58,14 +58,15 @@ class Preparation(nn.Module):
         self.baked_from: Weights | None = None
 
     @torch.compiler.disable
-    @torch.no_grad()
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        """Return the target, checked and in the precision that the inverse computes in."""
-        if isinstance(x, Tensor) and is_capturing(x.device):  # a graph asks the host nothing
-            return target.to(solve_dtype(x.dtype)) if target.is_floating_point() else target
-        self.ready(x)
-        size = self._size(x)
-        return self._check_target(x, target, self.shapes[size])
+        """Return the target, checked and in the precision that the inverse computes in.
+
+        One of the caller's own is copied: the walk back may be no step but reshaping it.
+        """
+        if not isinstance(x, Tensor) or not is_capturing(x.device):  # a graph asks the host nothing
+            self.ready(x)
+            self._check_target(x, target, self.shapes[self._size(x)])
+        return target.to(solve_dtype(x.dtype), copy=True) if target.is_floating_point() else target
 
     @torch.no_grad()
     def ready(self, x: Tensor) -> None:
@@ -206,7 +207,7 @@ class Preparation(nn.Module):
                 + " that part of the forward"
             )
 
-    def _check_target(self, x: Tensor, target: Any, shapes: Mapping[fx.Node, Shape]) -> Tensor:
+    def _check_target(self, x: Tensor, target: Any, shapes: Mapping[fx.Node, Shape]) -> None:
         if not isinstance(target, Tensor):
             raise TargetError(f"expected a tensor as the target, got {type(target).__name__}")
         if target.device != x.device:
@@ -221,7 +222,7 @@ class Preparation(nn.Module):
                     f"{(batch, *logits)}: give a float target of that shape"
                 )
             check_labels(target, (batch, *logits), dim)
-            return target
+            return
         if not self.plan.takes_scores:
             raise TargetError("the network ends in argmax: give integer labels")
         expected = (batch, *shapes[self.traced.output])
@@ -231,7 +232,6 @@ class Preparation(nn.Module):
                 f"{tuple(target.shape)}; labels have an integer dtype"
             )
         check_finite(target, "the target")
-        return target.to(solve_dtype(x.dtype))
 
 
 class Finish(nn.Module):

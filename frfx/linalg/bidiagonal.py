@@ -70,18 +70,9 @@ def bidiagonalise(mv: Map, rmv: Map, start: Tensor, steps: int) -> Bidiagonal:
     Reference:
         Paige and Saunders (1982), LSQR, "Bidiag 1".
     """
-    left, length = _unit(start)
-    right, alpha = _unit(rmv(left))
-    lefts, rights, diagonal = [left], [right], [alpha]
-    below: list[Tensor] = []
-    for _ in range(steps):
-        largest = torch.cat(diagonal + below, -1).amax(-1, keepdim=True)
-        left, beta = _another(mv(right) - alpha * left, lefts, largest)
-        right, alpha = _another(rmv(left) - beta * right, rights, largest)
-        below.append(beta)
-        diagonal.append(alpha)
-    matrix = torch.diag_embed(torch.cat(diagonal, -1))
-    matrix = matrix + torch.diag_embed(torch.cat(below, -1), offset=-1)
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []
+    matrix, length = _bidiagonal(mv, rmv, start, steps, lefts, rights)
     finite = matrix.isfinite().all(-1).all(-1)[:, None, None]
     return Bidiagonal(
         left=torch.where(finite, torch.stack(lefts, 1), 0),
@@ -91,17 +82,44 @@ def bidiagonalise(mv: Map, rmv: Map, start: Tensor, steps: int) -> Bidiagonal:
     )
 
 
-def _another(vector: Tensor, known: list[Tensor], largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Add what a vector has beside the known ones, over its length, to these; return both.
+def _bidiagonal(
+    mv: Map,
+    rmv: Map,
+    start: Tensor,
+    steps: int,
+    lefts: list[Tensor] | None = None,
+    rights: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return B and the length of the first vector; add the vectors to lists, if there are any."""
+    left, length = _another(start, lefts, torch.zeros_like(start[..., :1].abs()))
+    right, alpha = _another(rmv(left), rights, torch.zeros_like(length))
+    diagonal = [alpha]
+    below: list[Tensor] = []
+    for _ in range(steps):
+        largest = torch.cat(diagonal + below, -1).amax(-1, keepdim=True)
+        left, beta = _another(mv(right) - alpha * left, lefts, largest)
+        right, alpha = _another(rmv(left) - beta * right, rights, largest)
+        below.append(beta)
+        diagonal.append(alpha)
+    matrix = torch.diag_embed(torch.cat(diagonal, -1))
+    if below:
+        matrix = matrix + torch.diag_embed(torch.cat(below, -1), offset=-1)
+    return matrix, length
 
-    None is left where that is rounding, which would lead anywhere.
+
+def _another(vector: Tensor, known: list[Tensor] | None, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the direction of what a vector has beside the known ones, and its length.
+
+    Both are zero where that is rounding, which would lead anywhere. A list of known ones grows.
     """
-    for other in known:
+    for other in known or ():
         vector = vector - (vector * other).sum(-1, keepdim=True) * other
-    vector, length = _unit(vector)
+    length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    vector = vector / length.clamp(min=torch.finfo(length.dtype).tiny)
     spent = length <= _ROUNDING * torch.finfo(length.dtype).eps * largest
     vector, length = torch.where(spent, 0, vector), torch.where(spent, 0, length)
-    known.append(vector)
+    if known is not None:
+        known.append(vector)
     return vector, length
 
 
@@ -120,20 +138,8 @@ def largest_singular_values(mv: Map, rmv: Map, start: Tensor, steps: int) -> Ten
     Reference:
         Golub and Kahan (1965): bidiagonalisation, whose singular values approach the extreme ones.
     """
-    right, length = _unit(start)
-    left, beta = None, torch.zeros_like(length)
-    diagonal, above = [], []
-    for step in range(steps):
-        image = mv(right)
-        left, alpha = _unit(image if left is None else image - beta * left)
-        diagonal.append(alpha[..., 0])
-        if step < steps - 1:
-            right, beta = _unit(rmv(left) - alpha * right)
-            above.append(beta[..., 0])
-    bidiagonal = torch.diag_embed(torch.stack(diagonal, -1))
-    if above:
-        bidiagonal = bidiagonal + torch.diag_embed(torch.stack(above, -1), offset=1)
-    return _largest(bidiagonal)
+    adjoint, _ = _bidiagonal(rmv, mv, start, steps - 1)
+    return _largest(adjoint)
 
 
 def unstructured(like: Tensor) -> Tensor:
@@ -146,9 +152,3 @@ def _largest(matrices: Tensor) -> Tensor:
     finite = matrices.isfinite().all(-1).all(-1)
     matrices = torch.where(finite[..., None, None], matrices, 0)  # LAPACK refuses the rest
     return torch.where(finite, torch.linalg.svdvals(matrices).amax(-1), torch.nan)
-
-
-def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return vectors over their lengths, and these, shape (..., 1); 0 of what has none."""
-    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / length.clamp(min=torch.finfo(length.dtype).tiny), length

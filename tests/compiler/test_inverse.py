@@ -604,13 +604,25 @@ def test_names_do_not_collide():
     assert names[1:] == [re.sub(r"_1$", "", name) for name in reversed(model.names)]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("layer", ["0", "2"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_the_feature_is_no_tensor_of_the_caller(layer, context):
+def test_the_feature_is_no_tensor_of_the_caller(layer, context, compiled):
     """Not where the walk back only reshapes the target, or there is none."""
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten())
     x, target = torch.randn(2, 1, 3, 3), torch.rand(2, 18)
     before = target.clone()
+    inverse = frfx.invert(model, layer)
     with context():
-        frfx.invert(model, layer)(x, target).zero_()
+        (torch.compile(inverse, backend="eager") if compiled else inverse)(x, target).zero_()
     assert torch.equal(target, before)
+
+
+def test_a_target_of_another_type_has_its_gradient():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).eval()
+    x, gradients = torch.randn(2, 3), []
+    for dtype in (torch.float32, torch.float64):
+        target = model(x).detach().to(dtype).requires_grad_()
+        frfx.invert(model, "1")(x, target + 0.1).square().sum().backward()
+        gradients.append(target.grad.float())
+    torch.testing.assert_close(*gradients)
