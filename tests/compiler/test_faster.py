@@ -42,11 +42,8 @@ class Case:
     def network(self) -> tuple[nn.Sequential, Tensor, Tensor]:
         """Return the network, a batch and its labels."""
         torch.manual_seed(0)
-        return (
-            nn.Sequential(*self.layers()).eval(),
-            torch.randn(self.shape),
-            torch.tensor([2, 0, 1]),
-        )
+        model = nn.Sequential(*self.layers()).eval()
+        return model, torch.randn(self.shape), torch.tensor([2, 0, 1])
 
     def names(self, inverse: frfx.Inverse) -> tuple[str, ...]:
         """Return which layers are replaced."""
@@ -94,8 +91,8 @@ def test_a_reconstruction_is_that_by_the_models_own_calls(case, monkeypatch):
         model.get_submodule(case.replaced[1]).weight.neg_()  # they are the model's own
         torch.testing.assert_close(inverse(x, y), plain(x, y))
         torch.testing.assert_close(copy.deepcopy(inverse)(x, y), plain(x, y))
-        double = inverse.double()(x.double(), y)
-    torch.testing.assert_close(double.float(), plain(x, y))
+        inverse, plain, x = inverse.double(), plain.double(), x.double()
+        torch.testing.assert_close(inverse(x, y), plain(x, y))
 
 
 @each_kind
