@@ -19,6 +19,10 @@ _FX_NOTE = "\n\nWhile executing"
 """Where fx begins to add to an exception's message."""
 
 
+_UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+"""Functions and methods that return memory as they find it."""
+
+
 class Probed(NamedTuple):
     """What a run of the forward graph has shown.
 
@@ -98,7 +102,7 @@ class _Probe(fx.Interpreter):
             self.shapes[n] = tuple(value.shape[1:])
             if value.is_complex():
                 self.complex.add(n)
-            if n.op != "placeholder":
+            if n.op != "placeholder" and not _is_unwritten(n):
                 self._check(n, value)
         if n in self.live and n.op == "call_module" and self._is_changed_by_hooks(n, value):
             self.hooked.add(n)
@@ -139,6 +143,12 @@ class _Probe(fx.Interpreter):
         raise NonFiniteError(
             f"{name!r}: its output holds NaN or infinity, though its input and weights are finite"
         )
+
+
+def _is_unwritten(node: fx.Node) -> bool:
+    """Tell whether a value is memory that others write to, and may hold anything."""
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    return node.op.startswith("call_") and name in _UNWRITTEN
 
 
 def is_finite(tensor: Tensor) -> bool:

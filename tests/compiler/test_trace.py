@@ -699,3 +699,26 @@ def test_methods_that_write_in_place_and_have_no_twin():
     assert not x.requires_grad
     reached = model.last(0.5 * torch.tanh(found))
     torch.testing.assert_close(reached, target, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("front_end", ["torch.fx", "torch.export"])
+def test_memory_that_is_not_written_to_yet_may_hold_anything(front_end):
+    class Filled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(x * torch.empty_like(x).fill_(0.5) + x.new_empty(3).fill_(0.25))
+
+    model, x = Filled().eval(), torch.randn(5, 4)
+    target = model(x).detach()
+    example = None if front_end == "torch.fx" else x
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # it is NaN then
+    try:
+        found = frfx.invert(model, "first", policy="minimal", example_input=example)(x, target)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    torch.testing.assert_close(found, model.first(x))
